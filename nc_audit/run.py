@@ -1,0 +1,197 @@
+"""A run directory: tables, embeddings and a manifest that is the only truth about what is done.
+
+A file is written under a partial name, flushed, renamed, and then recorded in `run.json`, which itself is
+replaced atomically. A stage is done when the manifest lists it under the key of its inputs and its files are
+there with the recorded digests; otherwise it is stale and runs again. One process at a time writes to a run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nc_audit import __version__
+from nc_audit.errors import RunError
+from nc_audit.schema import check_table
+
+MANIFEST = "run.json"
+FORMAT = 1
+RUNS = Path("runs")
+LATEST = "latest"
+
+
+def digest_of(value: Any) -> str:
+    """Hash of a JSON-able value, independent of key order; 32 hex digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A partial path to write to; on success flushed and renamed to `path`, on failure removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """One Parquet file, committed atomically; the same table gives the same bytes."""
+    with replacing(path) as partial:
+        pq.write_table(table, partial, compression="zstd", row_group_size=1 << 17)
+
+
+class Run:
+    """One run directory: its manifest, its tables, and which stages are done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {"format": FORMAT, "tool": __version__, "stages": {}, "files": {}}
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run.
+
+        Raises:
+            RunError: there is no run at `path`, or its manifest cannot be read.
+        """
+        run = cls(path)
+        manifest = path / MANIFEST
+        if not manifest.exists():
+            raise RunError(f"{path} is not a run: it has no {MANIFEST}", "nc-audit score DATASET makes one; nc-audit runs lists them")
+        try:
+            run.manifest = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise RunError(f"{manifest} is not readable: {problem}", "score the dataset again with --force") from problem
+        if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
+            raise RunError(f"{manifest} has another format than {FORMAT}", "use the version of nc-audit that wrote it")
+        return run
+
+    @classmethod
+    def latest(cls, runs: Path = RUNS) -> Run:
+        """The run that was scored last under `runs`.
+
+        Raises:
+            RunError: nothing was scored there yet.
+        """
+        pointer = runs / LATEST
+        if not pointer.is_file():
+            raise RunError(f"no run yet under {runs}/", "nc-audit score DATASET, or name one with --run DIR")
+        return cls.open(Path(pointer.read_text(encoding="utf-8").strip()))
+
+    def save(self) -> None:
+        """Replace the manifest atomically."""
+        with replacing(self.path / MANIFEST) as partial:
+            partial.write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The run, for this process alone.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as problem:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise RunError(f"{self.path} is in use by {holder}", "wait for it, or give another --out") from problem
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()}")
+            handle.flush()
+            yield
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether the manifest lists the stage under this key and its files are as recorded."""
+        entry = self.manifest["stages"].get(stage)
+        if not entry or entry["key"] != key:
+            return False
+        return all(self._is_intact(name) for name in entry["files"])
+
+    def _is_intact(self, name: str) -> bool:
+        path, known = self.path / name, self.manifest["files"].get(name)
+        return known is not None and path.is_file() and file_digest(path) == known["sha256"]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a finished stage.
+
+        Raises:
+            RunError: the stage is not done.
+        """
+        entry = self.manifest["stages"].get(name)
+        if not entry:
+            dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
+            raise RunError(f"{self.path}: stage {name} is not done", f"nc-audit score {dataset} --out {self.path} resumes it")
+        return entry
+
+    def commit(self, stage: str, key: str, files: Mapping[str, int], seconds: float, **facts: Any) -> None:
+        """Record a finished stage with its files (name and row count), forgetting the stages that came after."""
+        for name, rows in files.items():
+            path = self.path / name
+            self.manifest["files"][name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+        self.manifest["stages"][stage] = {
+            "key": key,
+            "files": list(files),
+            "seconds": round(seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **facts,
+        }
+        self.save()
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A table of the run (`pairs`, `scores`, `tags`), checked against its schema unless `columns` are named.
+
+        Raises:
+            RunError: the table is not there.
+        """
+        path = self.path / f"{name}.parquet"
+        if not path.is_file():
+            dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
+            raise RunError(f"{self.path} has no {name}.parquet", f"nc-audit score {dataset} --out {self.path} makes it")
+        table = pq.read_table(path, columns=columns)
+        return table if columns else check_table(name, table)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write `name`.parquet atomically, after a check against its schema."""
+        write_parquet(check_table(name, table), self.path / f"{name}.parquet")
+
+
+def remember_latest(path: Path, runs: Path = RUNS) -> None:
+    """Make `path` the run that the commands without --run take."""
+    with replacing(runs / LATEST) as partial:
+        partial.write_text(f"{path}\n", encoding="utf-8")
+
+
+def list_runs(runs: Path = RUNS) -> list[Run]:
+    """The runs in a folder, by name; unreadable ones are left out."""
+    found = []
+    for manifest in sorted(runs.glob(f"*/{MANIFEST}")):
+        try:
+            found.append(Run.open(manifest.parent))
+        except RunError:
+            continue
+    return found
