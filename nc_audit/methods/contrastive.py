@@ -1,0 +1,110 @@
+"""Contrastive losses per pair, with candidates that are no negatives masked out.
+
+Shapes: B = pairs of a batch (and their candidates); M = candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nc_audit.errors import ShapeError
+
+
+def negatives_mask(image_B: Tensor, caption_B: Tensor) -> Tensor:
+    """Which in-batch candidates may serve as negatives or as the own match.
+
+    Candidate j of pair i is left out when it shows the same image or carries the same caption: both match.
+
+    Args:
+        image_B: index of each pair's image, shape [B].
+        caption_B: index of each pair's caption, shape [B].
+
+    Returns:
+        Shape [B, B], True where the candidate counts; the diagonal (the own match) is always True. Symmetric.
+
+    Example:
+        >>> negatives_mask(torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5])).int()
+        tensor([[1, 0, 0],
+                [0, 1, 1],
+                [0, 1, 1]], dtype=torch.int32)
+    """
+    same = (image_B[:, None] == image_B[None, :]) | (caption_B[:, None] == caption_B[None, :])
+    return ~same | torch.eye(len(image_B), dtype=torch.bool, device=image_B.device)
+
+
+def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
+    """Contrastive loss of every pair of a batch, mean of the two directions.
+
+    Args:
+        logits_BB: similarity of image i and caption j times the logit scale, shape [B, B].
+        counts_BB: which candidates count (`negatives_mask`), shape [B, B].
+
+    Returns:
+        Shape [B], nats, 0..; chance is ln of the number of candidates that count.
+
+    Source:
+        symmetric InfoNCE of CLIP, unreduced; the masking is ours.
+
+    Example:
+        >>> in_batch_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
+        tensor([0.6931, 0.6931])
+    """
+    if logits_BB.dim() != 2 or logits_BB.shape[0] != logits_BB.shape[1]:
+        raise ShapeError("logits", "B, B", logits_BB.shape)
+    masked = logits_BB.masked_fill(~counts_BB, float("-inf"))
+    normaliser = (masked.logsumexp(1) + masked.logsumexp(0)) / 2
+    return normaliser - logits_BB.diagonal()
+
+
+def candidate_logsumexp(own_B: Tensor, logits_BM: Tensor, counts_BM: Tensor) -> Tensor:
+    """Log-sum-exp of the own logit and of the candidates that count.
+
+    Args:
+        own_B: logit of the own match, shape [B].
+        logits_BM: logits of the candidates, shape [B, M].
+        counts_BM: which of them count, shape [B, M]; the own match, where it is among them, must not.
+
+    Returns:
+        Shape [B], nats.
+    """
+    return torch.logaddexp(own_B, logits_BM.masked_fill(~counts_BM, float("-inf")).logsumexp(1))
+
+
+def hardest_negative_gap(similarity_BB: Tensor, counts_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the hardest negative lies above the own match, per direction.
+
+    Args:
+        similarity_BB: cosines, image i against caption j, shape [B, B].
+        counts_BB: which candidates count, shape [B, B]; the diagonal is ignored.
+
+    Returns:
+        Two tensors of shape [B], -2..2 (-inf without any negative): for each image the gap over captions,
+        for each caption the gap over images.
+
+    Source:
+        d1, d2 of RRSITR (arXiv 2603.28134), with the mask added.
+    """
+    off = counts_BB & ~torch.eye(len(similarity_BB), dtype=torch.bool, device=similarity_BB.device)
+    masked = similarity_BB.masked_fill(~off, float("-inf"))
+    own = similarity_BB.diagonal()
+    return masked.amax(1) - own, masked.amax(0) - own
+
+
+def robust_triplet_loss(similarity_BB: Tensor, counts_BB: Tensor, margin: float = 0.6) -> Tensor:
+    """Triplet loss on the hardest negatives with a margin that grows with the gap.
+
+    Args:
+        similarity_BB: cosines, shape [B, B].
+        counts_BB: which candidates count, shape [B, B].
+        margin: base margin (sigma), 0..
+
+    Returns:
+        Shape [B], 0..; slope in each gap 0 below -margin, 1 up to 0, 1 + margin above.
+
+    Source:
+        dynamic soft margin of RRSITR (arXiv 2603.28134).
+    """
+    gaps = hardest_negative_gap(similarity_BB, counts_BB)
+    image, caption = (torch.relu(margin * (1 + torch.relu(gap)) + gap) for gap in gaps)
+    return image + caption

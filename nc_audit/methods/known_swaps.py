@@ -1,0 +1,226 @@
+"""What deliberately mismatched pairs tell: the noise rate and each pair's probability, without labels.
+
+Known swaps keep an image and take a caption that none of its pairs carries. They show how noise scores. If the
+given pairs are a mixture of matched ones and of pairs that score like swaps, the share r of the latter and the
+posterior follow from the two score distributions.
+
+Shapes: N = given pairs; S = known swaps; Q = quantiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TAIL_QUANTILES = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+
+
+def draw_swaps(image_N: Tensor, caption_N: Tensor, num_captions: int, generator: torch.Generator) -> Tensor:
+    """A caption for each pair's image that none of the image's pairs carries.
+
+    A random permutation of the captions, drawn again (a bounded number of times) where it gives a given pair.
+
+    Args:
+        image_N: index of each pair's image, shape [N].
+        caption_N: index of each pair's caption, shape [N].
+        num_captions: size of the caption index.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        Caption index per pair, shape [N]; -1 where no caption could be found (its image carries nearly all).
+
+    Example:
+        >>> draw_swaps(torch.tensor([0, 1]), torch.tensor([0, 1]), 2, torch.Generator().manual_seed(0))
+        tensor([1, 0])
+    """
+    given = (image_N * num_captions + caption_N).unique()
+
+    def is_given(captions: Tensor, images: Tensor) -> Tensor:
+        keys = images * num_captions + captions
+        at = torch.searchsorted(given, keys).clamp_max(len(given) - 1)
+        return given[at] == keys
+
+    swapped = caption_N[torch.randperm(len(caption_N), generator=generator)]
+    for _ in range(50):
+        clash = is_given(swapped, image_N).nonzero().squeeze(1)
+        if len(clash) == 0:
+            return swapped
+        redrawn = torch.randint(len(caption_N), (len(clash),), generator=generator)
+        swapped[clash] = caption_N[redrawn]
+    swapped[is_given(swapped, image_N)] = -1
+    return swapped
+
+
+def standardise(values: Tensor, swaps: Tensor) -> Tensor:
+    """Values in standard deviations of the known swaps, from the swaps' mean.
+
+    Args:
+        values: shape [...].
+        swaps: the same quantity on the swaps, shape [S].
+
+    Returns:
+        Shape [...]; all zero where the swaps do not vary.
+    """
+    spread = swaps.std(correction=0)
+    return (values - swaps.mean()) / spread if spread > 0 else torch.zeros_like(values)
+
+
+def tail_shares(score_N: Tensor, swap_score_S: Tensor) -> Tensor:
+    """For each pair and each tail of the swaps' scores, whether the pair lies in it.
+
+    Args:
+        score_N: scores, higher = noisier, shape [N].
+        swap_score_S: scores of known swaps, shape [S].
+
+    Returns:
+        Shape [N, Q], 0 or 1.
+    """
+    quantiles = torch.tensor([1 - q for q in TAIL_QUANTILES], dtype=swap_score_S.dtype)
+    ordered = swap_score_S.sort().values
+    at = (quantiles * (len(ordered) - 1)).round().long()
+    return (score_N[:, None] > ordered[at][None, :]).to(torch.float64)
+
+
+def noise_rate(score_N: Tensor, swap_score_S: Tensor) -> float:
+    """Share of the given pairs that score like known swaps.
+
+    The mean, over the upper tails that hold .25 to .50 of the swaps, of the given pairs' share of that tail
+    divided by the swaps' share.
+
+    Args:
+        score_N: scores of the given pairs, higher = noisier, shape [N].
+        swap_score_S: scores of known swaps, shape [S], exchangeable with those of real noise.
+
+    Returns:
+        0..1. Errors that are harder to tell than random swaps are under-counted.
+
+    Example:
+        >>> noise_rate(torch.arange(100.0), torch.arange(100.0))
+        1.0
+    """
+    given = tail_shares(score_N, swap_score_S).mean(0)
+    swaps = tail_shares(swap_score_S, swap_score_S).mean(0).clamp_min(1 / max(1, len(swap_score_S)))
+    return float((given / swaps).mean().clamp(0.0, 1.0))
+
+
+def expected_auroc(score_N: Tensor, swap_score_S: Tensor, rate: float) -> float:
+    """AUROC that the score would show against the truth, had one the labels.
+
+    Swaps against given pairs give A; a share r of the given pairs are themselves like swaps (AUROC .5 against
+    them), so (A - r / 2) / (1 - r) is what swaps show against the matched ones.
+
+    Args:
+        score_N: scores of the given pairs, higher = noisier, shape [N].
+        swap_score_S: scores of known swaps, shape [S].
+        rate: noise rate of the given pairs, 0..1.
+
+    Returns:
+        0..1; .5 = blind. Not a number where nearly every pair is noise.
+    """
+    if rate > 0.99:
+        return float("nan")
+    ordered = score_N.sort().values
+    below = torch.searchsorted(ordered, swap_score_S)
+    up_to = torch.searchsorted(ordered, swap_score_S, right=True)
+    auroc = float(((below + up_to).double() / 2).mean()) / len(score_N)
+    return min(1.0, max(0.0, (auroc - rate / 2) / (1 - rate)))
+
+
+def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
+    """Non-decreasing least-squares fit of values in their given order, by pooling adjacent violators.
+
+    Args:
+        values: shape [K].
+        weights: shape [K], above 0.
+
+    Returns:
+        Shape [K], non-decreasing.
+
+    Example:
+        >>> isotonic_fit(torch.tensor([1.0, 3.0, 2.0]), torch.ones(3))
+        tensor([1.0000, 2.5000, 2.5000], dtype=torch.float64)
+    """
+    blocks: list[tuple[float, float, int]] = []
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        mean, total, size = value, weight, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, before_total, before_size = blocks.pop()
+            mean = (mean * total + before * before_total) / (total + before_total)
+            total, size = total + before_total, size + before_size
+        blocks.append((mean, total, size))
+    means = torch.tensor([mean for mean, _, _ in blocks], dtype=torch.float64)
+    return means.repeat_interleave(torch.tensor([size for _, _, size in blocks]))
+
+
+def noise_posterior(score_N: Tensor, swap_score_S: Tensor, rate: float, num_bins: int = 2048) -> tuple[Tensor, Tensor]:
+    """Probability of each pair to be noise: rate times the density ratio of swaps to given pairs.
+
+    An isotonic regression of "is a swap" on the score, over both kinds, gives h; the ratio is
+    h / (1 - h) * N / S; the posterior is rate times that, cut to 0..1. With rate 0 it is 0: nothing is forced.
+
+    Args:
+        score_N: scores of the given pairs, higher = noisier, shape [N].
+        swap_score_S: scores of known swaps, shape [S].
+        rate: noise rate of the given pairs, 0..1.
+        num_bins: the pooled scores are first gathered into this many bins of equal count.
+
+    Returns:
+        For the given pairs, shape [N], and for the swaps by the same rule, shape [S]: float64, 0..1,
+        non-decreasing in the score. The given pairs' mean is near `rate`.
+    """
+    pooled = torch.cat([score_N, swap_score_S]).double()
+    order = pooled.argsort(stable=True)
+    bins = torch.empty_like(order)
+    num_bins = max(1, min(num_bins, len(order) // 4))
+    bins[order] = torch.arange(len(order)) * num_bins // len(order)
+    bins = _join_ties(bins, pooled, order)
+    is_swap = torch.zeros(len(pooled), dtype=torch.float64)
+    is_swap[len(score_N) :] = 1.0
+    counts = torch.bincount(bins, minlength=num_bins).double()
+    filled = counts > 0
+    share = torch.bincount(bins, is_swap, minlength=num_bins)[filled] / counts[filled]
+    fitted = torch.zeros(num_bins, dtype=torch.float64)
+    fitted[filled] = isotonic_fit(share, counts[filled])
+    h = fitted[bins].clamp(0.0, 1 - 1e-9)
+    posterior = (rate * h / (1 - h) * len(score_N) / len(swap_score_S)).clamp(0.0, 1.0)
+    return posterior[: len(score_N)], posterior[len(score_N) :]
+
+
+def _join_ties(bins: Tensor, pooled: Tensor, order: Tensor) -> Tensor:
+    """Give equal scores one bin, so that ties cannot be told apart by position."""
+    ordered_bins, ordered = bins[order], pooled[order]
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    first = torch.arange(len(ordered))[starts]
+    joined = ordered_bins[first][starts.long().cumsum(0) - 1]
+    result = torch.empty_like(bins)
+    result[order] = joined
+    return result
+
+
+def intra_image_correlation(value_N: Tensor, image_N: Tensor) -> float:
+    """Intra-class correlation of a value over the pairs of one image.
+
+    One-way analysis of variance: near 0 when noise strikes pairs one by one, near 1 when whole images are wrong.
+
+    Args:
+        value_N: one value per pair, shape [N].
+        image_N: index of each pair's image, shape [N].
+
+    Returns:
+        -1..1; 0 when no image has two pairs or the values do not vary.
+    """
+    _, inverse, sizes = image_N.unique(return_inverse=True, return_counts=True)
+    several = sizes[inverse] > 1
+    if not several.any():
+        return 0.0
+    value, image = value_N[several].double(), inverse[several]
+    _, image, sizes = image.unique(return_inverse=True, return_counts=True)
+    count, groups = len(value), len(sizes)
+    if groups < 2 or count == groups:
+        return 0.0
+    means = torch.zeros(groups, dtype=torch.float64).index_add_(0, image, value) / sizes
+    between = (sizes * (means - value.mean()).square()).sum() / (groups - 1)
+    within = (value - means[image]).square().sum() / (count - groups)
+    typical = (count - (sizes.double().square().sum() / count)) / (groups - 1)
+    denominator = between + (typical - 1) * within
+    return float((between - within) / denominator) if denominator > 0 else 0.0

@@ -1,0 +1,271 @@
+"""A recipe: every setting of an audit, in TOML, checked as a whole before any work starts.
+
+Recipes are layered: the built-in defaults, then each `--recipe`, then `--set section.key=value`; later ones win,
+key by key. Unknown keys and wrong values are all reported at once, each with the nearest known key.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nc_audit.errors import RecipeError, nearest
+from nc_audit.run import digest_of
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DatasetSection(_Section):
+    """How the dataset is read."""
+
+    image_root: str | None = Field(None, description="folder that holds the images when the dataset's own does not")
+    image_column: str | None = Field(None, description="column with the image; guessed when not given")
+    caption_column: str | None = Field(None, description="column with the caption; guessed when not given")
+    split: str | None = Field(None, description="audit this split only")
+    limit: int | None = Field(None, ge=1, description="audit the first rows only")
+
+
+class ImageSection(_Section):
+    """The frozen image encoder."""
+
+    encoder: str = Field("auto", description="auto, builtin, patches, timm:MODEL, open_clip:MODEL/PRETRAINED or MODEL@FILE")
+    weights: str | None = Field(None, description="local weights of a timm model")
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+    mean: tuple[float, float, float] | float | None = Field(None, description="channel means of the input, 0..1")
+    std: tuple[float, float, float] | float | None = Field(None, description="channel deviations of the input")
+    size: int | None = Field(None, ge=16, le=4096, description="input side in pixels")
+    batch: int = Field(64, ge=1, description="images per batch")
+
+
+class TextSection(_Section):
+    """The frozen text encoder."""
+
+    encoder: str = Field("auto", description="auto, builtin, tfidf, open_clip:MODEL/PRETRAINED or MODEL@FILE")
+    weights: str | None = Field(None, description="local weights of the text encoder")
+    batch: int = Field(256, ge=1, description="captions per batch")
+
+
+class TrainSection(_Section):
+    """The short self-paced robust training."""
+
+    method: Literal["self_paced"] = Field("self_paced", description="which method scores the pairs")
+    first_look_dims: tuple[int, ...] = Field((64, 128), description="principal components of the first look")
+    first_look_folds: int = Field(5, ge=2, description="folds by image of the first look")
+    first_look_rounds: int = Field(4, ge=1, description="reweighting rounds of the first look")
+    shrinkage: float = Field(0.3, ge=0, lt=1, description="share of the identity in the covariances")
+    components: int = Field(256, ge=2, description="principal components of the image embeddings the heads take in")
+    folds: int = Field(3, ge=2, le=20, description="heads that each leave one fold of the pairs out")
+    steps: int = Field(160, ge=1, description="optimiser steps per pair of heads")
+    epochs: int = Field(12, ge=1, description="how often the steps are interrupted to score every pair")
+    first_counted_epoch: int = Field(3, ge=1, description="scores are averaged from this epoch on")
+    batch: int = Field(0, ge=0, description="pairs per batch; 0 = by the number of pairs")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, one-cycle")
+    warm_up: float = Field(0.3, gt=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(1.0, ge=0, description="of the out-of-fold heads")
+    final_weight_decay: float = Field(0.5, ge=0, description="of the heads trained on everything")
+    input_dropout: float = Field(0.2, ge=0, lt=1, description="of the out-of-fold heads")
+    final_input_dropout: float = Field(0.1, ge=0, lt=1, description="of the heads trained on everything")
+    dropout: float = Field(0.5, ge=0, lt=1, description="in the heads' hidden layer")
+    width: int = Field(256, ge=2, description="dimensions of the trained embeddings")
+    hidden: int = Field(512, ge=2, description="hidden units of the heads")
+    log_scale: float = Field(2.3, description="ln of the logit scale at the start")
+    max_scale: float = Field(60.0, gt=1, description="largest logit scale")
+    pace: Literal["cosine", "divided", "none"] = Field(
+        "cosine", description="self-paced weight: cosine up to noisy_at, RRSITR's two regions, or fixed"
+    )
+    pace_from: int = Field(3, ge=1, description="epoch after which losses set the weights")
+    clean_at: float = Field(0.271, gt=0, description="division: clean below this share of the chance loss")
+    noisy_at: float = Field(0.977, gt=0, description="division: noisy from this share of the chance loss")
+    ambiguous_factor: float = Field(0.8, ge=0, le=1, description="weight of the ambiguous region in pace=divided")
+    planted_share: float = Field(0.5, gt=0, le=1, description="known swaps planted in the final training, per pair")
+    seed: int = Field(0, ge=0, description="of folds, swaps, initialisation, batches and dropout")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrainSection:
+        if self.clean_at >= self.noisy_at:
+            raise ValueError("clean_at must be below noisy_at")
+        if self.first_counted_epoch > self.epochs:
+            raise ValueError("first_counted_epoch must not be above epochs")
+        return self
+
+
+class ScoreSection(_Section):
+    """How every pair is scored."""
+
+    candidates: int = Field(1000, ge=2, description="captions and images each pair is scored against")
+    rank_candidates: int = Field(50_000, ge=2, description="captions and images that ranks and best matches search")
+    neighbours: int = Field(30, ge=1, description="nearest pairs that vote")
+    references: int = Field(8000, ge=1, description="pairs that may vote")
+    min_trust: float = Field(0.3, ge=0, le=1, description="pairs less likely clean than this do not vote")
+
+
+class TagSection(_Section):
+    """When a pair is called clean or noisy."""
+
+    clean_at: float = Field(0.2, ge=0, le=1, description="clean below this noise probability")
+    noisy_at: float = Field(0.8, ge=0, le=1, description="noisy above this noise probability")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TagSection:
+        if self.clean_at > self.noisy_at:
+            raise ValueError("clean_at must not be above noisy_at")
+        return self
+
+
+class ExportSection(_Section):
+    """What an export writes when the command does not say."""
+
+    format: str = Field("parquet", description="format of the export")
+    drop: tuple[str, ...] = Field((), description="tags that are left out")
+    reweight: bool = Field(False, description="add a weight column")
+
+
+class Recipe(_Section):
+    """All settings of one audit."""
+
+    dataset: DatasetSection = Field(default_factory=DatasetSection)
+    image: ImageSection = Field(default_factory=ImageSection)
+    text: TextSection = Field(default_factory=TextSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    score: ScoreSection = Field(default_factory=ScoreSection)
+    tag: TagSection = Field(default_factory=TagSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+
+    def digest(self) -> str:
+        """Hash of every setting, 32 hex digits."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+def recipes_folder() -> Path:
+    """The recipes that come with the package: inside it when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def list_recipes() -> dict[str, Path]:
+    """Name and file of every recipe that comes with the package."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package.
+
+    Raises:
+        RecipeError: neither.
+    """
+    known = list_recipes()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix == ".toml" or "/" in name:
+        raise RecipeError(f"recipe {name} is not a file", "nc-audit recipes lists those that come with the tool")
+    raise RecipeError(f"no recipe is called {name}", nearest(name, list(known)))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The tables of one recipe file, unchecked.
+
+    Raises:
+        RecipeError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RecipeError(f"recipe {path} cannot be read: {problem}", "give a TOML file in UTF-8") from problem
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise RecipeError(f"recipe {path} is not TOML: {problem}", "nc-audit recipes show self_paced prints a good one") from problem
+
+
+def build_recipe(names: Iterable[str] = (), overrides: Sequence[str] = (), settings: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a command: defaults, recipe files in order, options, then `section.key=value` strings.
+
+    Args:
+        names: names or paths of recipes, later ones win.
+        overrides: strings `section.key=value`, the value in TOML (bare words are strings).
+        settings: values of the command's own options by section and key; None means not given.
+
+    Raises:
+        RecipeError: with every problem of all layers.
+    """
+    merged: dict[str, Any] = {}
+    for name in names:
+        _merge(merged, read_recipe(find_recipe(name)))
+    for section, values in (settings or {}).items():
+        _merge(merged, {section: {key: value for key, value in values.items() if value is not None}})
+    for override in overrides:
+        _merge(merged, _parse_override(override))
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as problem:
+        problems = [_describe(error) for error in problem.errors()]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(f"the recipe has {count}: " + "; ".join(problems), "nc-audit recipes show self_paced lists every key", problems) from None
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (separator and dot and section and name):
+        raise RecipeError(f"--set {text} is not section.key=value", "for example --set train.seed=1")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(name.split(".")):
+        parsed = {part: parsed}
+    return {section: parsed}
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic problem: the key, what is wrong, the nearest known key."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section = Recipe.model_fields.get(str(error["loc"][0]))
+        known: list[str] = list(Recipe.model_fields)
+        if len(error["loc"]) > 1 and section is not None and isinstance(section.annotation, type):
+            known = list(section.annotation.model_fields)  # type: ignore[attr-defined]
+        return f"unknown key {where} ({nearest(str(error['loc'][-1]), known)})"
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {json.dumps(error['input'], default=str)})"
+    return f"{where}: {message[0].lower()}{message[1:]}{value}"
+
+
+def show(recipe: Recipe) -> str:
+    """A recipe as TOML, every key with what it means."""
+    lines: list[str] = []
+    for section, info in Recipe.model_fields.items():
+        values: _Section = getattr(recipe, section)
+        assert info.annotation is not None
+        lines += ["", f"[{section}]"]
+        for key, field in type(values).model_fields.items():
+            value = getattr(values, key)
+            if value is None:
+                lines.append(f"# {key} =  # {field.description}")
+            else:
+                lines.append(f"{key} = {_toml(value)}  # {field.description}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
