@@ -25,7 +25,9 @@ class _Section(BaseModel):
 class DatasetSection(_Section):
     """How the dataset is read."""
 
-    image_root: str | None = Field(None, description="folder that holds the images when the dataset's own does not")
+    image_root: str | None = Field(
+        None, description="folder that holds the images when the dataset's own does not"
+    )
     image_column: str | None = Field(None, description="column with the image; guessed when not given")
     caption_column: str | None = Field(None, description="column with the caption; guessed when not given")
     split: str | None = Field(None, description="audit this split only")
@@ -35,11 +37,19 @@ class DatasetSection(_Section):
 class ImageSection(_Section):
     """The frozen image encoder."""
 
-    encoder: str = Field("auto", description="auto, builtin, patches, timm:MODEL, open_clip:MODEL/PRETRAINED or MODEL@FILE")
+    encoder: str = Field(
+        "auto", description="auto, builtin, patches, timm:MODEL, open_clip:MODEL/PRETRAINED or MODEL@FILE"
+    )
     weights: str | None = Field(None, description="local weights of a timm model")
-    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
-    mean: tuple[float, float, float] | float | None = Field(None, description="channel means of the input, 0..1")
-    std: tuple[float, float, float] | float | None = Field(None, description="channel deviations of the input")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of timm.create_model"
+    )
+    mean: tuple[float, float, float] | float | None = Field(
+        None, description="channel means of the input, 0..1"
+    )
+    std: tuple[float, float, float] | float | None = Field(
+        None, description="channel deviations of the input"
+    )
     size: int | None = Field(None, ge=16, le=4096, description="input side in pixels")
     batch: int = Field(64, ge=1, description="images per batch")
 
@@ -60,7 +70,9 @@ class TrainSection(_Section):
     first_look_folds: int = Field(5, ge=2, description="folds by image of the first look")
     first_look_rounds: int = Field(4, ge=1, description="reweighting rounds of the first look")
     shrinkage: float = Field(0.3, ge=0, lt=1, description="share of the identity in the covariances")
-    components: int = Field(256, ge=2, description="principal components of the image embeddings the heads take in")
+    components: int = Field(
+        256, ge=2, description="principal components of the image embeddings the heads take in"
+    )
     folds: int = Field(3, ge=2, le=20, description="heads that each leave one fold of the pairs out")
     steps: int = Field(160, ge=1, description="optimiser steps per pair of heads")
     epochs: int = Field(12, ge=1, description="how often the steps are interrupted to score every pair")
@@ -83,8 +95,12 @@ class TrainSection(_Section):
     pace_from: int = Field(3, ge=1, description="epoch after which losses set the weights")
     clean_at: float = Field(0.271, gt=0, description="division: clean below this share of the chance loss")
     noisy_at: float = Field(0.977, gt=0, description="division: noisy from this share of the chance loss")
-    ambiguous_factor: float = Field(0.8, ge=0, le=1, description="weight of the ambiguous region in pace=divided")
-    planted_share: float = Field(0.5, gt=0, le=1, description="known swaps planted in the final training, per pair")
+    ambiguous_factor: float = Field(
+        0.8, ge=0, le=1, description="weight of the ambiguous region in pace=divided"
+    )
+    planted_share: float = Field(
+        0.5, gt=0, le=1, description="known swaps planted in the final training, per pair"
+    )
     seed: int = Field(0, ge=0, description="of folds, swaps, initialisation, batches and dropout")
 
     @model_validator(mode="after")
@@ -100,7 +116,9 @@ class ScoreSection(_Section):
     """How every pair is scored."""
 
     candidates: int = Field(1000, ge=2, description="captions and images each pair is scored against")
-    rank_candidates: int = Field(50_000, ge=2, description="captions and images that ranks and best matches search")
+    rank_candidates: int = Field(
+        50_000, ge=2, description="captions and images that ranks and best matches search"
+    )
     neighbours: int = Field(30, ge=1, description="nearest pairs that vote")
     references: int = Field(8000, ge=1, description="pairs that may vote")
     min_trust: float = Field(0.3, ge=0, le=1, description="pairs less likely clean than this do not vote")
@@ -130,13 +148,13 @@ class ExportSection(_Section):
 class Recipe(_Section):
     """All settings of one audit."""
 
-    dataset: DatasetSection = Field(default_factory=DatasetSection)
-    image: ImageSection = Field(default_factory=ImageSection)
-    text: TextSection = Field(default_factory=TextSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    score: ScoreSection = Field(default_factory=ScoreSection)
-    tag: TagSection = Field(default_factory=TagSection)
-    export: ExportSection = Field(default_factory=ExportSection)
+    dataset: DatasetSection = DatasetSection()  # type: ignore[call-arg]
+    image: ImageSection = ImageSection()  # type: ignore[call-arg]
+    text: TextSection = TextSection()  # type: ignore[call-arg]
+    train: TrainSection = TrainSection()  # type: ignore[call-arg]
+    score: ScoreSection = ScoreSection()  # type: ignore[call-arg]
+    tag: TagSection = TagSection()  # type: ignore[call-arg]
+    export: ExportSection = ExportSection()  # type: ignore[call-arg]
 
     def digest(self) -> str:
         """Hash of every setting, 32 hex digits."""
@@ -167,7 +185,9 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix == ".toml" or "/" in name:
-        raise RecipeError(f"recipe {name} is not a file", "nc-audit recipes lists those that come with the tool")
+        raise RecipeError(
+            f"recipe {name} is not a file", "nc-audit recipes lists those that come with the tool"
+        )
     raise RecipeError(f"no recipe is called {name}", nearest(name, list(known)))
 
 
@@ -180,12 +200,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as problem:
-        raise RecipeError(f"recipe {path} cannot be read: {problem}", "give a TOML file in UTF-8") from problem
+        raise RecipeError(
+            f"recipe {path} cannot be read: {problem}", "give a TOML file in UTF-8"
+        ) from problem
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
-        raise RecipeError(f"recipe {path} is not TOML: {problem}", "nc-audit recipes show self_paced prints a good one") from problem
+        raise RecipeError(
+            f"recipe {path} is not TOML: {problem}", "nc-audit recipes show self_paced prints a good one"
+        ) from problem
 
 
-def build_recipe(names: Iterable[str] = (), overrides: Sequence[str] = (), settings: dict[str, Any] | None = None) -> Recipe:
+def build_recipe(
+    names: Iterable[str] = (), overrides: Sequence[str] = (), settings: dict[str, Any] | None = None
+) -> Recipe:
     """The recipe of a command: defaults, recipe files in order, options, then `section.key=value` strings.
 
     Args:
@@ -208,7 +234,11 @@ def build_recipe(names: Iterable[str] = (), overrides: Sequence[str] = (), setti
     except ValidationError as problem:
         problems = [_describe(error) for error in problem.errors()]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError(f"the recipe has {count}: " + "; ".join(problems), "nc-audit recipes show self_paced lists every key", problems) from None
+        raise RecipeError(
+            f"the recipe has {count}: " + "; ".join(problems),
+            "nc-audit recipes show self_paced lists every key",
+            problems,
+        ) from None
 
 
 def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
@@ -240,10 +270,14 @@ def _describe(error: Any) -> str:
         section = Recipe.model_fields.get(str(error["loc"][0]))
         known: list[str] = list(Recipe.model_fields)
         if len(error["loc"]) > 1 and section is not None and isinstance(section.annotation, type):
-            known = list(section.annotation.model_fields)  # type: ignore[attr-defined]
+            known = list(section.annotation.model_fields)
         return f"unknown key {where} ({nearest(str(error['loc'][-1]), known)})"
     message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {json.dumps(error['input'], default=str)})"
+    value = (
+        ""
+        if isinstance(error["input"], (dict, BaseModel))
+        else f" (got {json.dumps(error['input'], default=str)})"
+    )
     return f"{where}: {message[0].lower()}{message[1:]}{value}"
 
 

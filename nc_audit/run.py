@@ -79,13 +79,20 @@ class Run:
         run = cls(path)
         manifest = path / MANIFEST
         if not manifest.exists():
-            raise RunError(f"{path} is not a run: it has no {MANIFEST}", "nc-audit score DATASET makes one; nc-audit runs lists them")
+            raise RunError(
+                f"{path} is not a run: it has no {MANIFEST}",
+                "nc-audit score DATASET makes one; nc-audit runs lists them",
+            )
         try:
             run.manifest = json.loads(manifest.read_text(encoding="utf-8"))
         except ValueError as problem:
-            raise RunError(f"{manifest} is not readable: {problem}", "score the dataset again with --force") from problem
+            raise RunError(
+                f"{manifest} is not readable: {problem}", "score the dataset again with --force"
+            ) from problem
         if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
-            raise RunError(f"{manifest} has another format than {FORMAT}", "use the version of nc-audit that wrote it")
+            raise RunError(
+                f"{manifest} has another format than {FORMAT}", "use the version of nc-audit that wrote it"
+            )
         return run
 
     @classmethod
@@ -103,7 +110,9 @@ class Run:
     def save(self) -> None:
         """Replace the manifest atomically."""
         with replacing(self.path / MANIFEST) as partial:
-            partial.write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,7 +128,9 @@ class Run:
             except OSError as problem:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                raise RunError(f"{self.path} is in use by {holder}", "wait for it, or give another --out") from problem
+                raise RunError(
+                    f"{self.path} is in use by {holder}", "wait for it, or give another --out"
+                ) from problem
             handle.truncate(0)
             handle.write(f"process {os.getpid()}")
             handle.flush()
@@ -145,14 +156,21 @@ class Run:
         entry = self.manifest["stages"].get(name)
         if not entry:
             dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
-            raise RunError(f"{self.path}: stage {name} is not done", f"nc-audit score {dataset} --out {self.path} resumes it")
+            raise RunError(
+                f"{self.path}: stage {name} is not done",
+                f"nc-audit score {dataset} --out {self.path} resumes it",
+            )
         return entry
 
     def commit(self, stage: str, key: str, files: Mapping[str, int], seconds: float, **facts: Any) -> None:
         """Record a finished stage with its files (name and row count), forgetting the stages that came after."""
         for name, rows in files.items():
             path = self.path / name
-            self.manifest["files"][name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+            self.manifest["files"][name] = {
+                "rows": rows,
+                "bytes": path.stat().st_size,
+                "sha256": file_digest(path),
+            }
         self.manifest["stages"][stage] = {
             "key": key,
             "files": list(files),
@@ -171,7 +189,9 @@ class Run:
         path = self.path / f"{name}.parquet"
         if not path.is_file():
             dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
-            raise RunError(f"{self.path} has no {name}.parquet", f"nc-audit score {dataset} --out {self.path} makes it")
+            raise RunError(
+                f"{self.path} has no {name}.parquet", f"nc-audit score {dataset} --out {self.path} makes it"
+            )
         table = pq.read_table(path, columns=columns)
         return table if columns else check_table(name, table)
 

@@ -37,7 +37,10 @@ def list_of(type_: pa.DataType) -> pa.DataType:
 
 _ROW = _field("row", pa.int64(), "0-based position in the whole input; joins the tables", nullable=False)
 _PAIR = _field(
-    "pair_id", pa.string(), "hash of image and caption; equal pairs share it, order does not matter", nullable=False
+    "pair_id",
+    pa.string(),
+    "hash of image and caption; equal pairs share it, order does not matter",
+    nullable=False,
 )
 
 PAIRS = pa.schema(
@@ -52,8 +55,14 @@ PAIRS = pa.schema(
         _field("source", pa.string(), "file of the dataset that holds the row", nullable=False),
         _field("status", pa.string(), "ok, or why the row cannot be audited", nullable=False),
         _field("status_detail", pa.string(), "what exactly was found, where status is not ok"),
-        _field("image_uri", pa.string(), "where the bytes are: root name, colon, path below it, optional #row"),
-        _field("resolved_by", pa.string(), "how the image was found: path, image_root, base_name, file_name, embedded"),
+        _field(
+            "image_uri", pa.string(), "where the bytes are: root name, colon, path below it, optional #row"
+        ),
+        _field(
+            "resolved_by",
+            pa.string(),
+            "how the image was found: path, image_root, base_name, file_name, embedded",
+        ),
         _field("duplicate_of", pa.int64(), "row of the first equal pair; null for the first"),
         _field("known_noise", pa.bool_(), "ground truth of injected noise, where the dataset states it"),
     ]
@@ -80,19 +89,39 @@ SCORES = pa.schema(
             "mean match entropy, each direction weighing the other; higher = less decided",
             unit="0..1",
         ),
-        _field("caption_rank", pa.int32(), "rank of the own caption among the candidates of its image; 1 = best"),
-        _field("image_rank", pa.int32(), "rank of the own image among the candidates of its caption; 1 = best"),
-        _field("weight", _F, "self-paced training weight, mean over epochs; higher = trusted more", unit="0..1"),
-        _field("noise_score", _F, "ranks pairs; higher = more likely noisy", unit="standard deviations of known swaps"),
+        _field(
+            "caption_rank", pa.int32(), "rank of the own caption among the candidates of its image; 1 = best"
+        ),
+        _field(
+            "image_rank", pa.int32(), "rank of the own image among the candidates of its caption; 1 = best"
+        ),
+        _field(
+            "weight", _F, "self-paced training weight, mean over epochs; higher = trusted more", unit="0..1"
+        ),
+        _field(
+            "noise_score",
+            _F,
+            "ranks pairs; higher = more likely noisy",
+            unit="standard deviations of known swaps",
+        ),
         _field(
             "noise_probability",
             _F,
             "probability that the caption does not describe the image, calibrated on known swaps",
             unit="0..1",
         ),
-        _field("clean_posterior", _F, "1 - noise probability before training, from the embeddings alone", unit="0..1"),
-        _field("mi_variation", _F, "mutual-information variation; higher = image and caption agree", unit="nats"),
-        _field("neighbour_distance", _F, "how far the neighbours' captions and images are; higher = disagree"),
+        _field(
+            "clean_posterior",
+            _F,
+            "1 - noise probability before training, from the embeddings alone",
+            unit="0..1",
+        ),
+        _field(
+            "mi_variation", _F, "mutual-information variation; higher = image and caption agree", unit="nats"
+        ),
+        _field(
+            "neighbour_distance", _F, "how far the neighbours' captions and images are; higher = disagree"
+        ),
         _field("best_caption", pa.string(), "caption that fits the image best, not one of its own"),
         _field("best_caption_margin", _F, "cosine of best_caption minus the own caption's", unit="-2..2"),
         _field("best_image", pa.string(), "image that fits the caption best, not one of its own"),
@@ -113,10 +142,17 @@ TAGS = pa.schema(
 TRAJECTORY = pa.schema(
     [
         _PAIR,
-        _field("epoch", pa.int32(), "1-based; folds are scored by heads that did not train on the pair", nullable=False),
+        _field(
+            "epoch",
+            pa.int32(),
+            "1-based; folds are scored by heads that did not train on the pair",
+            nullable=False,
+        ),
         _field("loss", _F, "held-out loss of the pair after this epoch", unit="nats, 0..", nullable=False),
         _field("weight", _F, "training weight in the next epoch's batches", unit="0..1", nullable=False),
-        _field("division", pa.string(), "clean, ambiguous or noisy by the pace's two thresholds", nullable=False),
+        _field(
+            "division", pa.string(), "clean, ambiguous or noisy by the pace's two thresholds", nullable=False
+        ),
     ]
 )
 
@@ -131,7 +167,9 @@ def check_table(name: str, table: pa.Table) -> pa.Table:
     """
     for expected in TABLES[name]:
         if expected.name not in table.column_names:
-            raise SchemaError(f"{name}: column {expected.name} is missing", "score the dataset again with --force")
+            raise SchemaError(
+                f"{name}: column {expected.name} is missing", "score the dataset again with --force"
+            )
         actual = table.schema.field(expected.name)
         if actual.type != expected.type:
             raise SchemaError(f"{name}: column {expected.name} is {actual.type}, not {expected.type}")

@@ -9,6 +9,8 @@ Shapes: N = given pairs; S = known swaps; Q = quantiles.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -152,7 +154,9 @@ def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
     return means.repeat_interleave(torch.tensor([size for _, _, size in blocks]))
 
 
-def noise_posterior(score_N: Tensor, swap_score_S: Tensor, rate: float, num_bins: int = 2048) -> tuple[Tensor, Tensor]:
+def noise_posterior(
+    score_N: Tensor, swap_score_S: Tensor, rate: float, num_bins: int = 2048
+) -> tuple[Tensor, Tensor]:
     """Probability of each pair to be noise: rate times the density ratio of swaps to given pairs.
 
     An isotonic regression of "is a swap" on the score, over both kinds, gives h; the ratio is
@@ -224,3 +228,35 @@ def intra_image_correlation(value_N: Tensor, image_N: Tensor) -> float:
     typical = (count - (sizes.double().square().sum() / count)) / (groups - 1)
     denominator = between + (typical - 1) * within
     return float((between - within) / denominator) if denominator > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One quantity on the given pairs and on the known swaps; higher = noisier."""
+
+    given_N: Tensor
+    swaps_S: Tensor
+
+    def standardised(self) -> Evidence:
+        """Both in standard deviations of the swaps."""
+        return Evidence(standardise(self.given_N, self.swaps_S), standardise(self.swaps_S, self.swaps_S))
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(self.given_N + other.given_N, self.swaps_S + other.swaps_S)
+
+    def rate(self) -> float:
+        """Noise rate by the swaps' tails, 0..1."""
+        return noise_rate(self.given_N, self.swaps_S)
+
+    def posterior(self, rate: float) -> Evidence:
+        """Noise probability of given pairs and swaps, float32, 0..1."""
+        given, swaps = noise_posterior(self.given_N, self.swaps_S, rate)
+        return Evidence(given.float(), swaps.float())
+
+
+def fused(*evidence: Evidence) -> Evidence:
+    """Plain sum of standardised evidence."""
+    total = evidence[0].standardised()
+    for one in evidence[1:]:
+        total = total + one.standardised()
+    return total

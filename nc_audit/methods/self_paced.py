@@ -69,10 +69,14 @@ def divide(relative_loss_B: Tensor, clean_at: float, noisy_at: float) -> Tensor:
         >>> divide(torch.tensor([0.1, 0.5, 1.0]), 0.27, 0.98)
         tensor([0, 1, 2], dtype=torch.int8)
     """
-    return ((relative_loss_B >= clean_at).to(torch.int8) + (relative_loss_B >= noisy_at).to(torch.int8)).to(torch.int8)
+    return ((relative_loss_B >= clean_at).to(torch.int8) + (relative_loss_B >= noisy_at).to(torch.int8)).to(
+        torch.int8
+    )
 
 
-def divided_weight(relative_loss_B: Tensor, clean_at: float, noisy_at: float, ambiguous_factor: float = 0.8) -> Tensor:
+def divided_weight(
+    relative_loss_B: Tensor, clean_at: float, noisy_at: float, ambiguous_factor: float = 0.8
+) -> Tensor:
     """RRSITR's weight over the whole axis: each region has its own cosine, the ambiguous one times a factor.
 
     It is not monotone: it falls to 0 below `clean_at` and restarts near `ambiguous_factor` x .9 above it. That

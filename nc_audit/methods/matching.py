@@ -1,0 +1,163 @@
+"""Scoring pairs against fixed candidates: loss, energy and entropies without an N x M matrix.
+
+What a pair's candidates contribute depends on its image alone (or its caption alone), so each distinct image and
+caption meets the candidates once, and the own match is added per pair.
+
+Shapes: I = images; C = captions; N = pairs; M = candidates; Q = queries of one side; D = dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Distinct pairs as indices into distinct images and captions, all in canonical order."""
+
+    image_N: Tensor
+    caption_N: Tensor
+    num_images: int
+    num_captions: int
+
+    def __len__(self) -> int:
+        return len(self.image_N)
+
+    def select(self, at: Tensor) -> Pairs:
+        """Some of the pairs, over the same images and captions."""
+        return Pairs(self.image_N[at], self.caption_N[at], self.num_images, self.num_captions)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The fixed captions and images that every pair is scored against, and which are no negatives."""
+
+    caption_M: Tensor
+    image_M: Tensor
+    own_caption: tuple[Tensor, Tensor]
+    own_image: tuple[Tensor, Tensor]
+    position_of_caption_C: Tensor
+    position_of_image_I: Tensor
+
+    @classmethod
+    def draw(cls, pairs: Pairs, num: int, generator: torch.Generator) -> Candidates:
+        """`num` random captions and images, or all where there are fewer."""
+        caption_M = torch.randperm(pairs.num_captions, generator=generator)[:num].sort().values
+        image_M = torch.randperm(pairs.num_images, generator=generator)[:num].sort().values
+        caption_at = torch.full((pairs.num_captions,), -1, dtype=torch.long)
+        caption_at[caption_M] = torch.arange(len(caption_M))
+        image_at = torch.full((pairs.num_images,), -1, dtype=torch.long)
+        image_at[image_M] = torch.arange(len(image_M))
+        c, i = caption_at[pairs.caption_N], image_at[pairs.image_N]
+        return cls(
+            caption_M,
+            image_M,
+            (pairs.image_N[c >= 0], c[c >= 0]),
+            (pairs.caption_N[i >= 0], i[i >= 0]),
+            caption_at,
+            image_at,
+        )
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What scoring against candidates gives, per pair."""
+
+    similarity: Tensor
+    loss: Tensor
+    energy: Tensor
+    image_entropy: Tensor
+    caption_entropy: Tensor
+
+
+@dataclass
+class _Side:
+    """One direction's normaliser over the candidates, per query: log-sum-exp and softmax mean of the logits."""
+
+    logsumexp: Tensor
+    mean_logit: Tensor
+
+
+def _one_side(query_QD: Tensor, candidate_MD: Tensor, own: tuple[Tensor, Tensor], scale: float) -> _Side:
+    query, position = own
+    order = query.argsort(stable=True)
+    query, position = query[order], position[order]
+    lse, mean = [], []
+    start = 0
+    for part in query_QD.split(4096):
+        logits = scale * part @ candidate_MD.T
+        low, high = torch.searchsorted(query, torch.tensor([start, start + len(part)])).tolist()
+        logits[query[low:high] - start, position[low:high]] = float("-inf")
+        top = logits.logsumexp(1)
+        share = (logits - top[:, None]).exp_()
+        mean.append((share * logits.masked_fill_(share == 0, 0.0)).sum(1))
+        lse.append(top)
+        start += len(part)
+    return _Side(torch.cat(lse), torch.cat(mean))
+
+
+def match(
+    image_ID: Tensor,
+    caption_CD: Tensor,
+    scale: float,
+    candidates: Candidates,
+    image_N: Tensor,
+    caption_N: Tensor,
+) -> Matches:
+    """Score pairs of images and captions, given or swapped, against the fixed candidates.
+
+    The own match counts once, the other captions of the image and the other images of the caption not at all.
+
+    Args:
+        image_ID: unit vectors of all images, shape [I, D].
+        caption_CD: unit vectors of all captions, shape [C, D].
+        scale: logit scale, a factor.
+        candidates: what to score against.
+        image_N: image of each pair to score, shape [N].
+        caption_N: caption of each pair to score, shape [N].
+
+    Returns:
+        Similarity (-1..1), loss and energy (nats), match entropies (0..1), each of shape [N].
+    """
+    by_image = _one_side(image_ID, caption_CD[candidates.caption_M], candidates.own_caption, scale)
+    by_caption = _one_side(caption_CD, image_ID[candidates.image_M], candidates.own_image, scale)
+    similarity = torch.cat(
+        [
+            (image_ID[i] * caption_CD[c]).sum(1)
+            for i, c in zip(image_N.split(65_536), caption_N.split(65_536), strict=True)
+        ]
+    )
+    own = scale * similarity
+    num_captions, num_images = len(candidates.caption_M), len(candidates.image_M)
+    caption_side = _with_own(by_image, image_N, own, candidates, caption_N, of_captions=True)
+    image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)
+    return Matches(
+        similarity,
+        (caption_side[0] + image_side[0]) / 2 - own,
+        -(caption_side[0] + image_side[0]) / 2,
+        (caption_side[1] / math.log(max(2, num_captions))).clamp(0.0, 1.0),
+        (image_side[1] / math.log(max(2, num_images))).clamp(0.0, 1.0),
+    )
+
+
+def _with_own(
+    side: _Side, query_N: Tensor, own_N: Tensor, candidates: Candidates, other_N: Tensor, *, of_captions: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy with the own match among the candidates exactly once."""
+    at = candidates.position_of_caption_C if of_captions else candidates.position_of_image_I
+    owned = candidates.own_caption if of_captions else candidates.own_image
+    lse, mean = side.logsumexp[query_N], side.mean_logit[query_N]
+    # A swap's caption may itself be a candidate that is not masked for this query; then it is already counted.
+    masked_keys = (owned[0] * len(at) + owned[1]).unique()
+    keys = query_N * len(at) + at[other_N]
+    found = torch.searchsorted(masked_keys, keys).clamp_max(max(0, len(masked_keys) - 1))
+    is_masked = masked_keys[found] == keys if len(masked_keys) else torch.zeros_like(keys, dtype=torch.bool)
+    counted = (at[other_N] >= 0) & ~is_masked
+    total = torch.where(counted, lse, torch.logaddexp(lse, own_N))
+    rest = torch.where(torch.isfinite(lse), (lse - total).exp() * mean, 0.0)
+    expected = torch.where(counted, mean, rest + (own_N - total).exp() * own_N)
+    return total, total - expected
