@@ -149,7 +149,7 @@ TRAJECTORY = pa.schema(
             nullable=False,
         ),
         _field("loss", _F, "held-out loss of the pair after this epoch", unit="nats, 0..", nullable=False),
-        _field("weight", _F, "training weight in the next epoch's batches", unit="0..1", nullable=False),
+        _field("weight", _F, "training weight in this epoch's batches", unit="0..1", nullable=False),
         _field(
             "division", pa.string(), "clean, ambiguous or noisy by the pace's two thresholds", nullable=False
         ),

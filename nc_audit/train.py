@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from nc_audit.errors import TrainingError
 from nc_audit.methods import contrastive, self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import Evidence
-from nc_audit.methods.matching import Candidates, Pairs, match
+from nc_audit.methods.matching import Candidates, Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
 from nc_audit.methods.projections import principal_components
 from nc_audit.recipe import TrainSection
@@ -222,16 +222,22 @@ class Plan:
 # --- 3. the whole -----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Folds:
-    """Out-of-fold results: what heads say of pairs they never trained on."""
+    """Out-of-fold results: what heads say of pairs they never trained on.
+
+    `loss` and `distance` are evidence averaged over the later epochs; `matches` holds every quantity of the given
+    pairs, averaged likewise. Per epoch, shape [E, N]: the held-out loss after it, the weight used in it, and the
+    division its losses give.
+    """
 
     loss: Evidence
     distance: Evidence
-    trajectory_EN: Tensor
+    matches: Matches
+    loss_EN: Tensor
     weight_EN: Tensor
     division_EN: Tensor
-    scales: list[float] = field(default_factory=list)
+    scale: float
 
 
 Progress = Callable[[str, int, int], None]
@@ -268,8 +274,7 @@ def train_folds(
         progress: told the epoch.
 
     Returns:
-        Held-out loss and cosine distance, averaged over the later epochs, on given pairs and swaps; per epoch
-        the held-out loss, the weight the next epoch gives and the division.
+        Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory.
     """
     generator = torch.Generator().manual_seed(seed)
     fold_N = assign_folds(group_N, settings.folds, generator)
@@ -277,8 +282,8 @@ def train_folds(
     outside = [(fold_N != k).nonzero().squeeze(1) for k in range(settings.folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
     chance = math.log(len(candidates.caption_M))
-    given_sum, given_cos = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    swap_sum, swap_cos = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    given_sum = Matches.zeros(len(pairs))
+    swap_sum = Matches.zeros(len(pairs))
     trajectory, weights, divisions = [], [], []
     weight_N = prior_N.clone()
     counted = 0
@@ -304,34 +309,34 @@ def train_folds(
                 train_weight = weight_N[outside[k]]
                 trainer.run_epoch(train_weight / train_weight.mean().clamp_min(1e-9))
                 image, caption = trainer.heads.embed(image_ID, caption_CD)
-                scale = float(trainer.heads.scale())
+                scale = trainer.heads.scale().item()
                 at = inside[k]
                 given = match(image, caption, scale, candidates, pairs.image_N[at], pairs.caption_N[at])
                 loss_N[at] = given.loss
                 if counts:
                     swaps = match(image, caption, scale, candidates, pairs.image_N[at], swap_caption_S[at])
-                    given_sum[at] += given.loss
-                    given_cos[at] -= given.similarity
-                    swap_sum[at] += swaps.loss
-                    swap_cos[at] -= swaps.similarity
+                    given_sum.add_(at, given)
+                    swap_sum.add_(at, swaps)
             counted += counts
             relative = loss_N / chance
-            weight_N = prior_N * pace(relative, epoch, plan.epochs, settings)
             trajectory.append(loss_N)
             weights.append(weight_N)
             divisions.append(self_paced.divide(relative, settings.clean_at, settings.noisy_at))
+            weight_N = prior_N * pace(relative, epoch, settings)
             progress("train", epoch, plan.epochs)
+    given, swaps = given_sum.divided(counted), swap_sum.divided(counted)
     return Folds(
-        Evidence(given_sum / counted, swap_sum / counted),
-        Evidence(given_cos / counted, swap_cos / counted),
+        Evidence(given.loss, swaps.loss),
+        Evidence(-given.similarity, -swaps.similarity),
+        given,
         torch.stack(trajectory),
         torch.stack(weights),
         torch.stack(divisions),
-        [float(t.heads.scale()) for t in trainers],
+        sum(trainer.heads.scale().item() for trainer in trainers) / len(trainers),
     )
 
 
-def pace(relative_loss_N: Tensor, epoch: int, epochs: int, settings: TrainSection) -> Tensor:
+def pace(relative_loss_N: Tensor, epoch: int, settings: TrainSection) -> Tensor:
     """Self-paced weight for the next epoch from the held-out relative loss.
 
     Returns:
@@ -406,7 +411,7 @@ def train_final(
             if epoch >= settings.first_counted_epoch:
                 image, caption = heads.embed(image_ID, caption_CD)
                 found = match(
-                    image, caption, float(heads.scale()), candidates, together.image_N, together.caption_N
+                    image, caption, heads.scale().item(), candidates, together.image_N, together.caption_N
                 )
                 loss += found.loss
                 distance -= found.similarity

@@ -65,13 +65,34 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Matches:
-    """What scoring against candidates gives, per pair."""
+    """What scoring against candidates gives, per pair, each of shape [N].
+
+    Similarity -1..1; loss and energy in nats; match entropies of the image over captions and of the caption over
+    images, 0..1.
+    """
 
     similarity: Tensor
     loss: Tensor
     energy: Tensor
     image_entropy: Tensor
     caption_entropy: Tensor
+
+    @classmethod
+    def zeros(cls, num_pairs: int) -> Matches:
+        """A sum to add to."""
+        return cls(*(torch.zeros(num_pairs) for _ in range(5)))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.similarity, self.loss, self.energy, self.image_entropy, self.caption_entropy
+
+    def add_(self, at_B: Tensor, more: Matches) -> None:
+        """Add `more` (B pairs) at the places `at_B`, in place."""
+        for mine, theirs in zip(self._tensors(), more._tensors(), strict=True):
+            mine[at_B] += theirs
+
+    def divided(self, by: float) -> Matches:
+        """Every quantity divided by `by`."""
+        return Matches(*(mine / by for mine in self._tensors()))
 
 
 @dataclass

@@ -12,29 +12,28 @@ from torch import Tensor
 
 
 def principal_components(vectors_ND: Tensor, num: int, sample: int = 50_000) -> tuple[Tensor, Tensor]:
-    """Scores on the leading principal axes of standardised vectors, and the axes' standard deviations.
+    """Scores on the leading principal axes, and the axes' standard deviations.
 
     Args:
         vectors_ND: shape [N, D].
         num: how many components at most.
-        sample: the axes are found on an even subset of at most this many rows.
+        sample: the axes are found on an even subset of about this many rows.
 
     Returns:
-        Scores, shape [N, K], unit variance each; standard deviations, shape [K], descending. K <= num, D and N - 1.
+        Scores of unit variance, shape [N, K]; standard deviations, shape [K], descending. K <= num, D and N - 1.
+        The largest entry of each axis is positive, so that the result does not depend on the solver's mood.
     """
     step = max(1, math.ceil(len(vectors_ND) / sample))
     part = vectors_ND[::step].double()
-    mean, spread = part.mean(0), part.std(0, correction=0)
-    spread = torch.where(spread > 1e-6 * spread.max().clamp_min(1e-12), spread, torch.inf)
-    part = (part - mean) / spread
+    mean = part.mean(0)
+    part = part - mean
     variances, axes = torch.linalg.eigh(part.T @ part / len(part))
     variances, axes = variances.flip(0), axes.flip(1)
     usable = int((variances > 1e-6 * variances[0]).sum())
     keep = max(1, min(num, usable, len(vectors_ND) - 1))
     variances, axes = variances[:keep].clamp_min(1e-12), axes[:, :keep]
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    projection = (axes / variances.sqrt()).float()
-    scores = ((vectors_ND - mean.float()) / spread.float()) @ projection
+    scores = (vectors_ND - mean.float()) @ (axes / variances.sqrt()).float()
     return scores, variances.sqrt().float()
 
 

@@ -1,0 +1,381 @@
+"""Recognising a dataset: which of its files state the pairs, in which form, and for which split.
+
+A folder is searched by evidence, the first kind that is there wins, and what was passed over is noted:
+
+1. `metadata.csv|jsonl|parquet` in the folder or its subfolders (ImageFolder);
+2. a Karpathy json; 3. a COCO captions json;
+4. Parquet files; 5. any other csv, tsv, json lines or json table with an image and a caption column.
+
+The folder itself is searched before its subfolders, and those before theirs. Files whose names differ only by the
+split (`captions_train2014.json`, `captions_val2014.json`) belong together; of two unrelated files of one kind
+neither is guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from nc_audit.dataset import captions_json, tables
+from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
+from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
+from nc_audit.errors import DatasetError
+
+_DELIMITED = (".csv", ".tsv", ".tab", ".txt")
+_JSON_LINES = (".jsonl", ".ndjson")
+_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS)
+_UNDERSTOOD = (
+    "understood: a Karpathy or COCO captions json, metadata.csv|jsonl|parquet beside images, a csv, tsv, jsonl or "
+    "json table with an image and a caption column, Parquet with images or paths"
+)
+_KINDS = {
+    "metadata": "ImageFolder metadata",
+    "karpathy": "a Karpathy json",
+    "coco": "a COCO captions json",
+    "parquet": "Parquet",
+    "table": "a table",
+}
+_MAX_DEPTH = 2
+_MAX_OTHER_JSON = 20
+
+
+@dataclass(frozen=True)
+class DatasetFile:
+    """A file that states pairs: its form, its split by name, and its value where it is one json value."""
+
+    path: Path
+    source: str
+    kind: str
+    form: str
+    split: str | None
+    value: Any = None
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be read, from which root, and what was assumed."""
+
+    root: Path
+    layout: str
+    files: list[DatasetFile]
+    notes: list[str] = field(default_factory=list)
+
+
+def recognise(path: Path, options: LoadOptions) -> Plan:
+    """The files of a dataset that state its pairs.
+
+    Raises:
+        DatasetError: there is no such path, nothing in it is recognised, or several files are equally likely.
+    """
+    if not path.exists():
+        parent = path.absolute().parent
+        siblings = [one.name for one in parent.iterdir()] if parent.is_dir() else []
+        close = get_close_matches(path.name, siblings, n=1)
+        hint = (
+            f"did you mean {path.with_name(close[0])}?"
+            if close
+            else "name a folder, or a json, csv, jsonl or Parquet file"
+        )
+        raise DatasetError(f"{path} does not exist", hint)
+    if path.is_dir():
+        return _recognise_folder(path, options)
+    file = _sniff(path, path.name, options)
+    if file is None:
+        raise DatasetError(f"{path} states no image-caption pairs in a known form", _UNDERSTOOD)
+    return _planned(path.absolute().parent, [file], [])
+
+
+def read_file(
+    file: DatasetFile,
+    options: LoadOptions,
+    notes: list[str],
+    is_inside: bool = True,
+    on_rows: Callable[[int], None] | None = None,
+) -> Iterator[Batch]:
+    """The rows of one file, in its order.
+
+    Args:
+        file: what was recognised.
+        options: columns and split wanted.
+        notes: receives what was assumed and counted.
+        is_inside: whether the file's real path is below a root, so that embedded images may be read.
+        on_rows: told how many rows of a Parquet file are read.
+    """
+    if file.form in ("karpathy", "coco", "mapping") and (options.image_column or options.caption_column):
+        notes.append(f"--image-column and --caption-column say nothing about {file.source}: it is no table")
+    prefer = "file_name" if file.kind == "metadata" else ""
+    match file.form:
+        case "karpathy":
+            return captions_json.read_karpathy(file.value, file.source, file.split, notes)
+        case "coco":
+            return captions_json.read_coco(file.value, file.source, file.split, notes)
+        case "records":
+            return tables.read_records(file.value, file.source, file.split, options, notes)
+        case "mapping":
+            return tables.read_mapping(file.value, file.source, file.split)
+        case "json lines":
+            return tables.read_json_lines(file.path, file.source, file.split, options, notes, prefer)
+        case "parquet":
+            return tables.read_parquet(
+                file.path, file.source, file.split, options, notes, prefer, is_inside, on_rows
+            )
+        case _:
+            return tables.read_delimited(file.path, file.source, file.split, options, notes, prefer)
+
+
+def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
+    problems: list[DatasetError] = []
+    unfit: list[DatasetFile] = []
+    levels = _levels(folder)
+    for depth, level in enumerate(levels):
+        below = levels[depth + 1] if depth + 1 < len(levels) else []
+        metadata = [path for path in below if path.stem.lower() == "metadata"]
+        found, others = _sniff_all(folder, level + metadata, options, problems, unfit)
+        if found:
+            return _chosen(folder, found, others)
+    if len({family_of(file.source) for file in unfit}) == 1:
+        return _chosen(folder, unfit, [])  # its reader says which columns it has, and how to name them
+    if problems:
+        raise problems[0]
+    raise DatasetError(
+        f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
+    )
+
+
+def _levels(folder: Path) -> list[list[Path]]:
+    """Files that may state pairs: those in the folder, in its subfolders, and in theirs; no runs, no hidden folders."""
+    levels, folders = [], [folder]
+    for _ in range(_MAX_DEPTH + 1):
+        files, inner = [], []
+        for one in folders:
+            entries = sorted(one.iterdir())
+            if one != folder and any(entry.name == MANIFEST for entry in entries):
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.suffix.lower() in _ENDINGS:
+                    if entry.is_file():
+                        files.append(entry)
+                elif not entry.suffix and entry.is_dir() and not entry.is_symlink():
+                    inner.append(entry)
+        levels.append(files)
+        folders = inner
+    return levels
+
+
+def _sniff_all(
+    folder: Path,
+    level: Sequence[Path],
+    options: LoadOptions,
+    problems: list[DatasetError],
+    unfit: list[DatasetFile],
+) -> tuple[list[DatasetFile], list[str]]:
+    """The files of a level that state pairs, and the names of the others.
+
+    Json files called dataset* or *caption* go first; when one of them states pairs the others, which may be huge
+    lists of boxes, are not opened.
+    """
+    found: list[DatasetFile] = []
+    others: list[str] = []
+    num_other_json = 0
+    for path in sorted(level, key=lambda path: (not _is_likely_json(path), str(path))):
+        source = path.relative_to(folder).as_posix()
+        if path.suffix.lower() == ".json" and not _is_likely_json(path):
+            num_other_json += 1
+            if num_other_json > _MAX_OTHER_JSON or any(file.kind in ("karpathy", "coco") for file in found):
+                others.append(source)
+                continue
+        try:
+            file = _sniff(path, source, options)
+        except DatasetError as problem:
+            problems.append(problem)
+            others.append(source)
+            continue
+        if file is None:
+            others.append(source)
+        elif file.columns and not _fits(file, options):
+            unfit.append(file)
+            others.append(source)
+        else:
+            found.append(file)
+    return found, others
+
+
+def _is_likely_json(path: Path) -> bool:
+    name = path.name.lower()
+    return (
+        path.suffix.lower() == ".json"
+        and (name.startswith("dataset") or "caption" in name)
+        and "dataset_info" not in name
+    )
+
+
+def _fits(file: DatasetFile, options: LoadOptions) -> bool:
+    """Whether a table has an image and a caption column, by the options or by common names."""
+    image, captions = tables.guess_columns(file.columns)
+    known = {tables.plain(name) for name in file.columns}
+    has_image = (
+        image is not None if options.image_column is None else tables.plain(options.image_column) in known
+    )
+    has_captions = (
+        bool(captions) if options.caption_column is None else tables.plain(options.caption_column) in known
+    )
+    return has_image and has_captions
+
+
+def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
+    """A file as one that may state pairs, by its ending and its content; None when it cannot.
+
+    Raises:
+        DatasetError: the ending promises a form that the content breaks.
+    """
+    ending, notes = path.suffix.lower(), list[str]()
+    split, kind = split_named_by(source), "metadata" if path.stem.lower() == "metadata" else "table"
+    with path.open("rb") as handle:
+        start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if ending in PARQUET_ENDINGS or start.startswith(b"PAR1"):
+        kind = "metadata" if kind == "metadata" else "parquet"
+        return DatasetFile(path, source, kind, "parquet", split, columns=tables.parquet_names(path, source))
+    if ending in _JSON_LINES:
+        return DatasetFile(path, source, kind, "json lines", split, columns=_keys_of_first_line(path, source))
+    if ending == ".json" or (ending not in _DELIMITED and start[:1] in (b"{", b"[")):
+        try:
+            value = captions_json.read_json(path, notes)
+        except DatasetError as problem:
+            if "Extra data" in problem.message and problem.context.get("column") == 1:
+                return DatasetFile(
+                    path, source, kind, "json lines", split, columns=_keys_of_first_line(path, source)
+                )
+            raise
+        return _sniff_json(path, source, kind, split, value, tuple(notes))
+    if ending in _DELIMITED or not ending:
+        encoding = captions_json.encoding_of(path, notes)
+        delimiter = tables.delimiter_of(path, encoding, options)
+        with path.open(encoding=encoding, newline="") as lines:
+            try:
+                header = next((cells for cells in csv.reader(lines, delimiter=delimiter) if cells), [])
+            except (csv.Error, UnicodeDecodeError) as problem:
+                raise DatasetError(f"{source} is not a table: {problem}", _UNDERSTOOD) from problem
+        form = "tsv" if delimiter == "\t" else "csv"
+        return DatasetFile(path, source, kind, form, split, columns=tuple(header))
+    return None
+
+
+def _sniff_json(
+    path: Path, source: str, kind: str, split: str | None, value: Any, notes: tuple[str, ...]
+) -> DatasetFile | None:
+    if captions_json.is_karpathy(value):
+        return DatasetFile(path, source, "karpathy", "karpathy", split, value, notes=notes)
+    if captions_json.is_coco(value):
+        return DatasetFile(path, source, "coco", "coco", split, value, notes=notes)
+    if isinstance(value, dict):
+        lists = [
+            one
+            for one in value.values()
+            if isinstance(one, list) and any(isinstance(row, dict) for row in one[:100])
+        ]
+        if len(lists) == 1:
+            value = lists[0]
+        elif (
+            value
+            and all(map(_is_captions, itertools.islice(value.values(), 1000)))
+            and any("." in name for name in value)
+        ):
+            return DatasetFile(path, source, kind, "mapping", split, value, notes=notes)
+    if isinstance(value, list) and any(isinstance(row, dict) for row in value[:100]):
+        names = dict.fromkeys(str(name) for row in value[:1000] if isinstance(row, dict) for name in row)
+        return DatasetFile(path, source, kind, "records", split, value, tuple(names), notes)
+    return None
+
+
+def _is_captions(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _keys_of_first_line(path: Path, source: str) -> tuple[str, ...]:
+    encoding = captions_json.encoding_of(path, [])
+    with path.open(encoding=encoding) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                record = captions_json.parse_json(line, source, number)
+                return tuple(str(name) for name in record) if isinstance(record, dict) else ()
+    return ()
+
+
+def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
+    """The files of the first kind there is; the rest is noted.
+
+    Raises:
+        DatasetError: that kind has files which are not the splits, or the shards, of one dataset.
+    """
+    kind = next(kind for kind in _KINDS if any(file.kind == kind for file in found))
+    files = sorted((file for file in found if file.kind == kind), key=lambda file: file.source)
+    families: dict[Any, list[DatasetFile]] = {}
+    for file in files:
+        families.setdefault(
+            frozenset(file.columns) if kind == "parquet" else family_of(file.source), []
+        ).append(file)
+    if len(families) > 1:
+        names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")
+        message = f"{folder} holds {len(files)} files that could each be the dataset: {names}"
+        raise DatasetError(
+            message,
+            f"name one, for instance {folder / files[0].source}",
+            candidates=[file.source for file in files],
+        )
+    notes = []
+    ignored = [file.source for file in found if file.kind != kind]
+    if ignored:
+        notes.append(f"{_KINDS[kind]} goes before other files, so {_listed(ignored)} was not read")
+    if others:
+        notes.append(f"not read, as no image-caption pairs were recognised: {_listed(others)}")
+    return _planned(folder, files, notes)
+
+
+def _planned(root: Path, files: list[DatasetFile], notes: list[str]) -> Plan:
+    names = _listed([file.source for file in files])
+    file = files[0]
+    match file.kind:
+        case "metadata":
+            layout = f"ImageFolder with {names}"
+        case "karpathy":
+            layout = f"Karpathy json {names} beside its images"
+        case "coco":
+            layout = f"COCO captions json {names} beside its images"
+        case "parquet":
+            layout = f"Parquet {names}"
+        case _ if file.form == "mapping":
+            layout = f"json map from file name to captions {names}"
+        case _:
+            layout = f"{'json' if file.form == 'records' else file.form} table {names}"
+    if len(files) > 1:
+        notes = [f"{len(files):,} files are read one after the other: {names}", *notes]
+    notes += dict.fromkeys(note for file in files for note in file.notes)
+    return Plan(root, layout, files, notes)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _inventory(folder: Path) -> str:
+    """What a folder holds, in a few words."""
+    endings: Counter[str] = Counter()
+    folders = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            folders.append(f"{entry.name}/")
+        else:
+            endings[entry.suffix.lower() or entry.name] += 1
+    said = [f"{number:,} {ending}" for ending, number in endings.most_common(8)]
+    return ", ".join([*folders[:8], *(["..."] if len(folders) > 8 else []), *said]) or "it is empty"

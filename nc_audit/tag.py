@@ -1,0 +1,163 @@
+"""Stage 5, tag: clean, ambiguous or noisy, with reasons a person can check. Takes milliseconds, needs no rescoring.
+
+`thresholds` turns what a user wants (a precision, a budget) into the two probabilities; `tag_scores` applies them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nc_audit.errors import RecipeError
+from nc_audit.schema import TAGS, list_of
+
+MODEL = "model"
+_GENERIC_ENTROPY = 0.9
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Clean up to `clean_at`, noisy from `noisy_at`, both noise probabilities, 0..1; ambiguous between."""
+
+    clean_at: float
+    noisy_at: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clean_at <= self.noisy_at <= 1:
+            raise RecipeError(
+                f"thresholds clean_at {self.clean_at:g} and noisy_at {self.noisy_at:g} are not in order",
+                "0 <= clean_at <= noisy_at <= 1",
+            )
+
+
+def threshold_for_precision(probability: np.ndarray, precision: float) -> float:
+    """The lowest noisy_at at which the pairs tagged noisy are expected to hold at least this share of noise.
+
+    Args:
+        probability: noise probability of every pair, shape [N], 0..1.
+        precision: wanted share, 0..1, by the probabilities themselves.
+
+    Returns:
+        A probability; above 1 (nextafter) where no threshold reaches the precision, so that nothing is noisy.
+    """
+    ordered = np.sort(probability)[::-1]
+    expected = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    # Pairs of equal probability fall on one side together, so only the last of each run may be the border.
+    borders = np.append(ordered[1:] != ordered[:-1], True)
+    good = np.flatnonzero((expected >= precision) & borders)
+    return float(ordered[good[-1]]) if len(good) else float("inf")
+
+
+def threshold_for_budget(score: np.ndarray, share: float) -> np.ndarray:
+    """Which pairs are the worst `share` of all, by score; ties at the border stay out.
+
+    Args:
+        score: higher = noisier, shape [N].
+        share: 0..1.
+
+    Returns:
+        Shape [N], bool; at most `share` of the pairs.
+    """
+    num = int(share * len(score))
+    if num == 0:
+        return np.zeros(len(score), bool)
+    ordered = np.sort(score)[::-1]
+    border = ordered[num - 1]
+    return score >= border if num == len(score) or ordered[num] < border else score > border
+
+
+def tag_scores(
+    scores: pa.Table,
+    pairs: pa.Table,
+    thresholds: Thresholds,
+    *,
+    blind: bool = False,
+    budget: float | None = None,
+) -> pa.Table:
+    """The `tags` table of a run.
+
+    Args:
+        scores: the `scores` table.
+        pairs: the `pairs` table, same rows in the same order.
+        thresholds: on the noise probability.
+        blind: the scores told swaps from given pairs no better than chance: everything is ambiguous, and says so.
+        budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
+
+    Returns:
+        The table of `schema.TAGS`: tag null where the row's status is not ok, its reason then being the status.
+    """
+    probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
+    is_ok = np.asarray(pc.equal(pairs["status"], "ok").to_numpy(zero_copy_only=False), dtype=bool)
+    clean = probability <= thresholds.clean_at
+    if budget is None:
+        noisy = (probability >= thresholds.noisy_at) & ~(clean & (thresholds.clean_at == thresholds.noisy_at))
+    else:
+        score = np.asarray(scores["noise_score"].to_numpy(zero_copy_only=False), dtype=np.float64)
+        noisy = np.zeros(len(score), bool)
+        noisy[is_ok] = threshold_for_budget(score[is_ok], budget)
+    if blind:
+        clean, noisy = np.zeros_like(clean), np.zeros_like(noisy) if budget is None else noisy
+    codes = np.where(noisy, 2, np.where(clean, 0, 1))
+    tags = pa.DictionaryArray.from_arrays(
+        pa.array(codes, pa.int8(), mask=~is_ok), pa.array(["clean", "ambiguous", "noisy"])
+    ).cast(pa.string())
+    return pa.table(
+        [
+            pairs["pair_id"],
+            pairs["row"],
+            tags,
+            _reasons(scores, pairs, codes, is_ok, blind),
+            pa.array(np.full(len(codes), MODEL), pa.string(), mask=~is_ok),
+        ],
+        schema=TAGS,
+    )
+
+
+def _reasons(scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool) -> pa.Array:
+    def values(name: str) -> np.ndarray:
+        return np.asarray(scores[name].to_numpy(zero_copy_only=False), dtype=np.float64)
+
+    caption_rank, image_rank = values("caption_rank"), values("image_rank")
+    caption_margin, image_margin = values("best_caption_margin"), values("best_image_margin")
+    relative_loss, entropy = values("relative_loss"), values("swapped_entropy")
+    neighbour, probability = values("neighbour_distance"), values("noise_probability")
+    usual = np.nanmedian(neighbour) if is_ok.any() else 0.0
+    spread = np.nanmedian(np.abs(neighbour - usual)) * 1.4826 if is_ok.any() else 1.0
+    far = neighbour > usual + 2 * max(spread, 1e-6)
+    asked = np.flatnonzero(is_ok & (codes > 0))
+    best_caption = _texts(scores["best_caption"], asked)
+    best_image = _texts(scores["best_image"], asked)
+    result: list[list[str]] = [[] for _ in range(len(codes))]
+    for at, better_caption, better_image in zip(asked.tolist(), best_caption, best_image, strict=True):
+        reasons = result[at]
+        if blind:
+            reasons.append("the scores cannot tell given pairs from deliberate mismatches")
+            continue
+        if caption_rank[at] > 1:
+            reasons.append(f"{int(caption_rank[at]) - 1:,} other captions fit the image better")
+        if image_rank[at] > 1:
+            reasons.append(f"{int(image_rank[at]) - 1:,} other images fit the caption better")
+        if better_caption is not None and caption_margin[at] > 0:
+            reasons.append(f"better caption by {caption_margin[at]:.2f}: {better_caption}")
+        if better_image is not None and image_margin[at] > 0:
+            reasons.append(f"better image by {image_margin[at]:.2f}: {better_image}")
+        if far[at]:
+            reasons.append("images and captions nearby contradict it")
+        if relative_loss[at] >= 1:
+            reasons.append(f"held-out loss at {relative_loss[at]:.0%} of chance")
+        if codes[at] == 1:
+            if entropy[at] >= _GENERIC_ENTROPY:
+                reasons.append("generic: fits many others about as well")
+            reasons.insert(0, f"evidence conflicts: {probability[at]:.0%} likely noise")
+    statuses = pairs["status"].to_pylist()
+    details = pairs["status_detail"].to_pylist()
+    for at in np.flatnonzero(~is_ok).tolist():
+        result[at] = [f"{statuses[at]}: {details[at]}" if details[at] else statuses[at]]
+    return pa.array(result, list_of(pa.string()))
+
+
+def _texts(column: pa.ChunkedArray, at: np.ndarray) -> list[str | None]:
+    return column.take(pa.array(at)).to_pylist()
