@@ -5,14 +5,44 @@ Shapes: N = pairs; S = swaps; I = images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nc_audit.methods.known_swaps import Evidence, expected_auroc, tail_shares
+from nc_audit.methods.known_swaps import (
+    Evidence,
+    expected_auroc,
+    fused,
+    intra_image_correlation,
+    swaps_auroc,
+    tail_shares,
+)
+from nc_audit.methods.matching import Pairs
 
 WEAK_AUROC = 0.85
+IMAGE_MODE_CORRELATION = 0.5
+IMAGE_MODE_MIN_RATE = 0.03
+
+
+def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
+    """Whether noise seems to strike all captions of an image together, rather than pair by pair.
+
+    Args:
+        posterior_N: noise probability of the first look, shape [N].
+        rate: its noise rate, 0..1.
+        image_N: index of each pair's image, shape [N].
+    """
+    correlation = intra_image_correlation(posterior_N, image_N)
+    return correlation > IMAGE_MODE_CORRELATION and rate > IMAGE_MODE_MIN_RATE
+
+
+def image_mean(value_N: Tensor, image_N: Tensor) -> Tensor:
+    """Mean of a value over the pairs of each pair's image, shape [N]."""
+    size = int(image_N.max()) + 1
+    total = torch.zeros(size, dtype=torch.float64).index_add_(0, image_N, value_N.double())
+    return (total / torch.bincount(image_N, minlength=size).clamp_min(1))[image_N].to(value_N.dtype)
 
 
 @dataclass(frozen=True)
@@ -24,11 +54,12 @@ class NoiseRate:
     high: float
     level: float
     expected_auroc: float
+    is_blind: bool
 
     @property
     def is_weak(self) -> bool:
-        """Whether the scores tell swaps from given pairs too poorly to be trusted."""
-        return not self.expected_auroc >= WEAK_AUROC
+        """Whether the expected AUROC is below what a user should rely on."""
+        return self.is_blind or not self.expected_auroc >= WEAK_AUROC
 
 
 def noise_rate(
@@ -70,4 +101,49 @@ def noise_rate(
         torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     )
     low, high = min(float(bounds[0]), estimate), max(float(bounds[1]), estimate)
-    return NoiseRate(estimate, low, high, level, expected_auroc(evidence.given_N, evidence.swaps_S, estimate))
+    num_given, num_swaps = len(evidence.given_N), len(evidence.swaps_S)
+    chance_spread = math.sqrt((num_given + num_swaps + 1) / (12 * num_given * num_swaps))
+    separation = swaps_auroc(evidence.given_N, evidence.swaps_S)
+    is_blind = separation < 0.5 + 3 * chance_spread
+    if is_blind:
+        low, high = 0.0, 1.0
+    return NoiseRate(estimate, low, high, level, expected_auroc(separation, estimate), is_blind)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The fused out-of-fold evidence: rate and posterior that training did not touch."""
+
+    evidence: Evidence
+    rate: NoiseRate
+    posterior: Evidence
+
+
+def combine_held_out(
+    first: Evidence,
+    loss: Evidence,
+    distance: Evidence,
+    pairs: Pairs,
+    swap_image_S: Tensor,
+    whole_images: bool,
+    seed: int,
+) -> HeldOut:
+    """Fuse the first look with the held-out loss and distance.
+
+    When noise strikes whole images, each pair speaks for its image: the evidence is averaged over the image's
+    pairs, on given pairs and on swaps alike.
+    """
+    evidence = fused(first, loss, distance)
+    if whole_images:
+        evidence = Evidence(
+            image_mean(evidence.given_N, pairs.image_N), image_mean(evidence.swaps_S, swap_image_S)
+        ).standardised()
+    rate = noise_rate(evidence, pairs.image_N, swap_image_S, seed)
+    return HeldOut(evidence, rate, calibrated(evidence, rate))
+
+
+def calibrated(evidence: Evidence, rate: NoiseRate) -> Evidence:
+    """Noise probability of given pairs and swaps, 0..1; one half throughout where the evidence is blind."""
+    if rate.is_blind:
+        return Evidence(torch.full_like(evidence.given_N, 0.5), torch.full_like(evidence.swaps_S, 0.5))
+    return evidence.posterior(rate.estimate)

@@ -103,9 +103,11 @@ class Run:
             RunError: nothing was scored there yet.
         """
         pointer = runs / LATEST
-        if not pointer.is_file():
+        if not (pointer / MANIFEST).exists():
             raise RunError(f"no run yet under {runs}/", "nc-audit score DATASET, or name one with --run DIR")
-        return cls.open(Path(pointer.read_text(encoding="utf-8").strip()))
+        target = pointer.resolve()
+        is_sibling = target.parent == runs.resolve()
+        return cls.open(runs / target.name if is_sibling else target)
 
     def save(self) -> None:
         """Replace the manifest atomically."""
@@ -201,15 +203,20 @@ class Run:
 
 
 def remember_latest(path: Path, runs: Path = RUNS) -> None:
-    """Make `path` the run that the commands without --run take."""
-    with replacing(runs / LATEST) as partial:
-        partial.write_text(f"{path}\n", encoding="utf-8")
+    """Make `path` the run that the commands without --run take: the symbolic link `runs/latest`."""
+    runs.mkdir(parents=True, exist_ok=True)
+    partial = runs / f".{LATEST}.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(path.resolve(), runs.resolve()), target_is_directory=True)
+    partial.replace(runs / LATEST)
 
 
 def list_runs(runs: Path = RUNS) -> list[Run]:
     """The runs in a folder, by name; unreadable ones are left out."""
     found = []
     for manifest in sorted(runs.glob(f"*/{MANIFEST}")):
+        if manifest.parent.name == LATEST:
+            continue
         try:
             found.append(Run.open(manifest.parent))
         except RunError:

@@ -11,38 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from nc_audit.calibrate import NoiseRate, noise_rate
-from nc_audit.methods.known_swaps import Evidence, fused, intra_image_correlation
+from nc_audit.calibrate import HeldOut, calibrated
+from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import neighbour_distance
 from nc_audit.recipe import ScoreSection
-
-IMAGE_MODE_CORRELATION = 0.5
-IMAGE_MODE_MIN_RATE = 0.03
-
-
-def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
-    """Whether noise seems to strike all captions of an image together, rather than pair by pair.
-
-    Args:
-        posterior_N: noise probability of the first look, shape [N].
-        rate: its noise rate, 0..1.
-        image_N: index of each pair's image, shape [N].
-    """
-    correlation = intra_image_correlation(posterior_N, image_N)
-    return correlation > IMAGE_MODE_CORRELATION and rate > IMAGE_MODE_MIN_RATE
-
-
-def image_mean(value_N: Tensor, image_N: Tensor) -> Tensor:
-    """Mean of a value over the pairs of each pair's image, shape [N]."""
-    size = int(image_N.max()) + 1
-    total = torch.zeros(size, dtype=torch.float64).index_add_(0, image_N, value_N.double())
-    return (total / torch.bincount(image_N, minlength=size).clamp_min(1))[image_N].to(value_N.dtype)
 
 
 @dataclass(frozen=True)
@@ -101,38 +77,6 @@ def ask_neighbours(
 
     given, swaps = distances(pairs), distances(planted)
     return Neighbourhood(Evidence(given[0], swaps[0]), Evidence(given[1], swaps[1]))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The fused out-of-fold evidence: rate and posterior that training did not touch."""
-
-    evidence: Evidence
-    rate: NoiseRate
-    posterior: Evidence
-
-
-def combine_held_out(
-    first: Evidence,
-    loss: Evidence,
-    distance: Evidence,
-    pairs: Pairs,
-    swap_image_S: Tensor,
-    whole_images: bool,
-    seed: int,
-) -> HeldOut:
-    """Fuse the first look with the held-out loss and distance.
-
-    When noise strikes whole images, each pair speaks for its image: the evidence is averaged over the image's
-    pairs, on given pairs and on swaps alike.
-    """
-    evidence = fused(first, loss, distance)
-    if whole_images:
-        evidence = Evidence(
-            image_mean(evidence.given_N, pairs.image_N), image_mean(evidence.swaps_S, swap_image_S)
-        ).standardised()
-    rate = noise_rate(evidence, pairs.image_N, swap_image_S, seed)
-    return HeldOut(evidence, rate, evidence.posterior(rate.estimate))
 
 
 @dataclass(frozen=True)
@@ -198,3 +142,62 @@ def look_up(
         for some in torch.arange(len(at)).split(256):
             rank[at[some]] += (cosine[asking[some]] > own_cosine[some, None]).sum(1, dtype=torch.int32)
     return LookUp(rank, best, margin)
+
+
+def score_pairs(
+    image_ID: Tensor,
+    caption_CD: Tensor,
+    pairs: Pairs,
+    planted: Pairs,
+    held_out: HeldOut,
+    planted_held_out_P: Tensor,
+    final_loss: Evidence,
+    final_distance: Evidence,
+    whole_images: bool,
+    settings: ScoreSection,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Noise score, probability and everything looked up, per distinct pair.
+
+    Args:
+        image_ID: unit vectors of all images by the final heads, shape [I, D].
+        caption_CD: unit vectors of all captions by the final heads, shape [C, D].
+        pairs: the given pairs.
+        planted: swaps that sat in the final training.
+        held_out: the fused out-of-fold evidence.
+        planted_held_out_P: the out-of-fold evidence of the planted swaps, shape [P].
+        final_loss: in-sample loss of given pairs and planted swaps.
+        final_distance: in-sample cosine distance of the same.
+        whole_images: noise strikes whole images; then the held-out evidence alone decides.
+        settings: the recipe's `score` section.
+        seed: draws references and candidates.
+
+    Returns:
+        Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trust_N = 1 - held_out.posterior.given_N
+    around = ask_neighbours(image_ID, caption_CD, pairs, planted, trust_N, settings, generator)
+    if whole_images:
+        evidence, probability = held_out.evidence, held_out.posterior.given_N
+    else:
+        before = Evidence(held_out.evidence.given_N, planted_held_out_P)
+        evidence = fused(before, final_loss, final_distance, around.by_image, around.by_caption)
+        probability = calibrated(evidence, held_out.rate).given_N
+    captions = look_up(
+        image_ID, caption_CD, pairs.image_N, pairs.caption_N, settings.rank_candidates, generator
+    )
+    images = look_up(
+        caption_CD, image_ID, pairs.caption_N, pairs.image_N, settings.rank_candidates, generator
+    )
+    return {
+        "noise_score": evidence.standardised().given_N,
+        "noise_probability": probability,
+        "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
+        "caption_rank": captions.rank,
+        "image_rank": images.rank,
+        "best_caption": captions.best,
+        "best_caption_margin": captions.margin,
+        "best_image": images.best,
+        "best_image_margin": images.margin,
+    }

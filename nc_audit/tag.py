@@ -116,7 +116,9 @@ def tag_scores(
     )
 
 
-def _reasons(scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool) -> pa.Array:
+def _reasons(
+    scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool
+) -> pa.Array:
     def values(name: str) -> np.ndarray:
         return np.asarray(scores[name].to_numpy(zero_copy_only=False), dtype=np.float64)
 

@@ -21,16 +21,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nc_audit.errors import TrainingError
-from nc_audit.methods import contrastive, self_paced
+from nc_audit.calibrate import combine_held_out, strikes_whole_images
+from nc_audit.errors import DatasetError, TrainingError
+from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import Evidence
 from nc_audit.methods.matching import Candidates, Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
-from nc_audit.methods.projections import principal_components
+from nc_audit.methods.projections import Projection, principal_projection
+from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 
-MIN_PAIRS = 24
+MIN_PAIRS = 40
+MIN_DISTINCT = 10
+MIN_WEIGHT = 0.001
+MAX_CAPTION_INPUTS = 512
 
 
 def assign_folds(group_N: Tensor, num_folds: int, generator: torch.Generator) -> Tensor:
@@ -85,8 +90,8 @@ def first_look(
     cap = max(2, len(pairs) // 12)
     dims = sorted({min(d, cap) for d in settings.first_look_dims})
     for num in dims:
-        image = principal_components(image_ID, num)[0]
-        caption = principal_components(caption_CD, num)[0]
+        image = principal_projection(image_ID, num)(image_ID)
+        caption = principal_projection(caption_CD, num)(caption_CD)
         one, raw = _variation_rounds(image, caption, pairs, swap_caption_S, fold_N, settings)
         total = one.standardised() if total is None else total + one.standardised()
         variation_N = variation_N + raw / len(dims)
@@ -337,18 +342,22 @@ def train_folds(
 
 
 def pace(relative_loss_N: Tensor, epoch: int, settings: TrainSection) -> Tensor:
-    """Self-paced weight for the next epoch from the held-out relative loss.
+    """Self-paced weight for the next epoch from the held-out relative loss: easy pairs first, then harder ones.
+
+    Both thresholds grow by the same factor, from 1 after `pace_from` to `pace_growth` at the last epoch.
 
     Returns:
         Shape [N], 0..1; all 1 while the heads still warm up.
     """
     if settings.pace == "none" or epoch < settings.pace_from:
         return torch.ones_like(relative_loss_N)
+    progress = (epoch - settings.pace_from) / max(1, settings.epochs - settings.pace_from)
+    grown = 1 + (settings.pace_growth - 1) * progress
     if settings.pace == "divided":
         return self_paced.divided_weight(
-            relative_loss_N, settings.clean_at, settings.noisy_at, settings.ambiguous_factor
+            relative_loss_N, grown * settings.clean_at, grown * settings.noisy_at, settings.ambiguous_factor
         )
-    return self_paced.pace_weight(relative_loss_N, settings.noisy_at)
+    return self_paced.pace_weight(relative_loss_N, grown * settings.noisy_at)
 
 
 @dataclass(frozen=True)
@@ -424,3 +433,122 @@ def train_final(
         Evidence(loss[:num] / counted, loss[num:] / counted),
         Evidence(distance[:num] / counted, distance[num:] / counted),
     )
+
+
+# --- 4. the whole stage -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Everything the later stages need, per distinct pair, per known swap, and the final heads.
+
+    `swap_caption_N` is the caption each pair's image is swapped to; `planted` indexes the swaps that sat in the
+    final training, whose evidence stands behind that of the given pairs in `final`.
+    """
+
+    first: FirstLook
+    folds: Folds
+    final: Final
+    model: Model
+    swap_caption_N: Tensor
+    planted: Tensor
+    whole_images: bool
+    candidates: Candidates
+
+
+def train(
+    image_ID: Tensor,
+    caption_CD: Tensor,
+    pairs: Pairs,
+    settings: TrainSection,
+    num_candidates: int,
+    progress: Progress = silent,
+) -> Trained:
+    """The whole training stage on frozen embeddings.
+
+    Args:
+        image_ID: image embeddings as the encoder gives them, shape [I, D].
+        caption_CD: caption embeddings, shape [C, D'].
+        pairs: the given pairs, distinct, in canonical order.
+        settings: the recipe's `train` section.
+        num_candidates: captions and images every pair is scored against.
+        progress: told what is trained and how far.
+
+    Raises:
+        DatasetError: there are too few pairs, images or captions to tell anything.
+        TrainingError: a loss is not finite.
+    """
+    check_enough(pairs)
+    seed = settings.seed
+    generator = torch.Generator().manual_seed(seed)
+    swap_N = known_swaps.draw_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
+    _check_swaps(swap_N)
+    first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
+    whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
+    if whole_images:
+        swap_N = known_swaps.draw_image_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
+        _check_swaps(swap_N)
+        first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
+    image_projection = principal_projection(image_ID, settings.components, whitening=0.5)
+    caption_projection = (
+        Projection.identity(caption_CD.shape[1])
+        if caption_CD.shape[1] <= MAX_CAPTION_INPUTS
+        else principal_projection(caption_CD, MAX_CAPTION_INPUTS, whitening=0.5)
+    )
+    image_inputs, caption_inputs = image_projection(image_ID), caption_projection(caption_CD)
+    candidates = Candidates.draw(pairs, num_candidates, generator)
+    group_N = pairs.image_N if whole_images else torch.arange(len(pairs))
+    folds = train_folds(
+        image_inputs,
+        caption_inputs,
+        pairs,
+        swap_N,
+        1 - first.posterior_N + MIN_WEIGHT,
+        group_N,
+        candidates,
+        settings,
+        seed,
+        progress,
+    )
+    held_out = combine_held_out(
+        first.evidence, folds.loss, folds.distance, pairs, pairs.image_N, whole_images, seed
+    )
+    num_planted = max(1, round(settings.planted_share * len(pairs)))
+    planted = torch.randperm(len(pairs), generator=generator)[:num_planted].sort().values
+    final = train_final(
+        image_inputs,
+        caption_inputs,
+        pairs,
+        Pairs(pairs.image_N[planted], swap_N[planted], pairs.num_images, pairs.num_captions),
+        1 - held_out.posterior.given_N + MIN_WEIGHT,
+        1 - held_out.posterior.swaps_S[planted] + MIN_WEIGHT,
+        candidates,
+        settings,
+        seed + 100,
+        progress,
+    )
+    return Trained(
+        first, folds, final, swap_N, planted, whole_images, candidates, Plan.of(len(pairs), settings)
+    )
+
+
+def check_enough(pairs: Pairs) -> None:
+    """Refuse sets that are too small to learn anything from.
+
+    Raises:
+        DatasetError: with the counts.
+    """
+    images, captions = len(pairs.image_N.unique()), len(pairs.caption_N.unique())
+    if len(pairs) < MIN_PAIRS or images < MIN_DISTINCT or captions < MIN_DISTINCT:
+        raise DatasetError(
+            f"{len(pairs):,} distinct pairs of {images:,} images and {captions:,} captions are too few to audit",
+            f"give at least {MIN_PAIRS} pairs with {MIN_DISTINCT} different images and captions",
+        )
+
+
+def _check_swaps(swap_N: Tensor) -> None:
+    if (swap_N < 0).any():
+        raise DatasetError(
+            f"{int((swap_N < 0).sum()):,} images carry nearly every caption of the set, so none can be mismatched",
+            "audit a set in which images have captions of their own",
+        )

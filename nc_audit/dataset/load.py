@@ -318,13 +318,11 @@ def _pair_ids(
     for row, number in enumerate(row_image.tolist()):
         key = images[number].image_id or f"image:{rows.image[row] or ''}"
         image_code[row] = keys.setdefault(key, len(keys))
-    names, num_captions = list(keys), len(caption_ids) + 1
-    combined = image_code * num_captions + (caption_code + 1)
+    names, captions = list(keys), ["", *caption_ids]
+    combined = image_code * len(captions) + (caption_code + 1)
     distinct, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
-    ids = [
-        content_id(names[one // num_captions], ["", *caption_ids][one % num_captions])
-        for one in distinct.tolist()
-    ]
+    parts = (divmod(one, len(captions)) for one in distinct.tolist())
+    ids = [content_id(names[image], captions[caption]) for image, caption in parts]
     return pa.array(ids, pa.string()).take(pa.array(inverse)), first[inverse]
 
 

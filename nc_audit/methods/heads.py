@@ -47,6 +47,7 @@ class Heads(nn.Module):
         max_scale: float = 60.0,
     ) -> None:
         super().__init__()
+        self.sizes = {"num_image": num_image, "num_caption": num_caption, "width": width, "hidden": hidden}
         self.image = Head(num_image, width, hidden, input_dropout, dropout)
         self.caption = Head(num_caption, width, hidden, input_dropout, dropout)
         self.log_scale = nn.Parameter(torch.tensor(log_scale))

@@ -53,6 +53,39 @@ def draw_swaps(image_N: Tensor, caption_N: Tensor, num_captions: int, generator:
     return swapped
 
 
+def draw_image_swaps(
+    image_N: Tensor, caption_N: Tensor, num_captions: int, generator: torch.Generator
+) -> Tensor:
+    """The same, image by image: all pairs of an image take captions of one other image, in turn.
+
+    Whole-image noise looks like this: the captions of an image agree with each other, and are all wrong.
+
+    Args:
+        image_N: index of each pair's image, shape [N].
+        caption_N: index of each pair's caption, shape [N].
+        num_captions: size of the caption index.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        Caption index per pair, shape [N]; a caption the image carries itself is drawn again singly, and -1 stands
+        where none could be found.
+    """
+    order = image_N.argsort(stable=True)
+    images, inverse, sizes = image_N.unique(return_inverse=True, return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    ring = torch.randperm(len(images), generator=generator)
+    donor = torch.empty_like(ring)
+    donor[ring] = ring.roll(-1)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - starts[inverse[order]]
+    theirs = donor[inverse]
+    swapped = caption_N[order[starts[theirs] + place % sizes[theirs]]]
+    singly = draw_swaps(image_N, caption_N, num_captions, generator)
+    given = (image_N * num_captions + caption_N).unique()
+    clash = torch.isin(image_N * num_captions + swapped, given)
+    return torch.where(clash, singly, swapped)
+
+
 def standardise(values: Tensor, swaps: Tensor) -> Tensor:
     """Values in standard deviations of the known swaps, from the swaps' mean.
 
@@ -105,27 +138,34 @@ def noise_rate(score_N: Tensor, swap_score_S: Tensor) -> float:
     return float((given / swaps).mean().clamp(0.0, 1.0))
 
 
-def expected_auroc(score_N: Tensor, swap_score_S: Tensor, rate: float) -> float:
+def swaps_auroc(score_N: Tensor, swap_score_S: Tensor) -> float:
+    """AUROC of known swaps against the given pairs, ties counting half: 0..1, .5 = cannot tell them apart."""
+    ordered = score_N.sort().values
+    below = torch.searchsorted(ordered, swap_score_S)
+    up_to = torch.searchsorted(ordered, swap_score_S, right=True)
+    return float(((below + up_to).double() / 2).mean()) / len(score_N)
+
+
+def expected_auroc(separation: float, rate: float) -> float:
     """AUROC that the score would show against the truth, had one the labels.
 
     Swaps against given pairs give A; a share r of the given pairs are themselves like swaps (AUROC .5 against
     them), so (A - r / 2) / (1 - r) is what swaps show against the matched ones.
 
     Args:
-        score_N: scores of the given pairs, higher = noisier, shape [N].
-        swap_score_S: scores of known swaps, shape [S].
+        separation: A, `swaps_auroc`, 0..1.
         rate: noise rate of the given pairs, 0..1.
 
     Returns:
         0..1; .5 = blind. Not a number where nearly every pair is noise.
+
+    Example:
+        >>> round(expected_auroc(0.8, 0.4), 3)
+        1.0
     """
     if rate > 0.99:
         return float("nan")
-    ordered = score_N.sort().values
-    below = torch.searchsorted(ordered, swap_score_S)
-    up_to = torch.searchsorted(ordered, swap_score_S, right=True)
-    auroc = float(((below + up_to).double() / 2).mean()) / len(score_N)
-    return min(1.0, max(0.0, (auroc - rate / 2) / (1 - rate)))
+    return min(1.0, max(0.0, (separation - rate / 2) / (1 - rate)))
 
 
 def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:

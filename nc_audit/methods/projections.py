@@ -6,22 +6,44 @@ Shapes: N = vectors; D = dimensions; K = components.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def principal_components(vectors_ND: Tensor, num: int, sample: int = 50_000) -> tuple[Tensor, Tensor]:
-    """Scores on the leading principal axes, and the axes' standard deviations.
+@dataclass(frozen=True)
+class Projection:
+    """A linear map of centred vectors: `mean` of shape [D], `matrix` of shape [D, K]."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __call__(self, vectors_ND: Tensor) -> Tensor:
+        """The projected vectors, shape [N, K]."""
+        return (vectors_ND - self.mean) @ self.matrix
+
+    @classmethod
+    def identity(cls, num: int) -> Projection:
+        """Vectors as they are."""
+        return cls(torch.zeros(num), torch.eye(num))
+
+
+def principal_projection(
+    vectors_ND: Tensor, num: int, whitening: float = 1.0, sample: int = 50_000
+) -> Projection:
+    """Projection onto the leading principal axes.
 
     Args:
         vectors_ND: shape [N, D].
         num: how many components at most.
+        whitening: 1 gives every component unit variance; w leaves component k the standard deviation
+            (s_k / s_1)^(1 - w), so .5 keeps half of the spread, on a log scale.
         sample: the axes are found on an even subset of about this many rows.
 
     Returns:
-        Scores of unit variance, shape [N, K]; standard deviations, shape [K], descending. K <= num, D and N - 1.
-        The largest entry of each axis is positive, so that the result does not depend on the solver's mood.
+        A projection to K <= num, D and N - 1 components. The largest entry of each axis is positive, so that the
+        result does not depend on the solver's mood.
     """
     step = max(1, math.ceil(len(vectors_ND) / sample))
     part = vectors_ND[::step].double()
@@ -31,17 +53,7 @@ def principal_components(vectors_ND: Tensor, num: int, sample: int = 50_000) -> 
     variances, axes = variances.flip(0), axes.flip(1)
     usable = int((variances > 1e-6 * variances[0]).sum())
     keep = max(1, min(num, usable, len(vectors_ND) - 1))
-    variances, axes = variances[:keep].clamp_min(1e-12), axes[:, :keep]
+    deviations, axes = variances[:keep].clamp_min(1e-12).sqrt(), axes[:, :keep]
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    scores = (vectors_ND - mean.float()) @ (axes / variances.sqrt()).float()
-    return scores, variances.sqrt().float()
-
-
-def spread_components(vectors_ND: Tensor, num: int) -> Tensor:
-    """Principal components, partly whitened: each scaled by the square root of its relative deviation.
-
-    Returns:
-        Shape [N, K]: what the heads take in.
-    """
-    scores, deviations = principal_components(vectors_ND, num)
-    return scores * (deviations / deviations[0]).sqrt()
+    wanted = (deviations / deviations[0]) ** (1 - whitening)
+    return Projection(mean.float(), (axes * (wanted / deviations)).float())

@@ -1,0 +1,527 @@
+"""The `nc-audit` command: arguments in, one call into the library, words out. No logic lives here.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nc_audit import __version__
+from nc_audit.errors import AuditError, DatasetError
+
+app = typer.Typer(
+    name="nc-audit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run directory; the run scored last when not given."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")
+]
+
+EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 70, 130
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose errors end as two lines and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            from nc_audit import console
+
+            try:
+                function(*args, **kwargs)
+            except AuditError as problem:
+                console.show_error(problem)
+                raise typer.Exit(EXIT_FIXABLE) from None
+            except BrokenPipeError:
+                # The reader (head, less) has what it wanted.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            except KeyboardInterrupt:
+                console.show_error(AuditError("interrupted", "the same command resumes where it stopped"))
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+            except OSError as problem:
+                where = f"{problem.filename}: " if problem.filename else ""
+                console.show_error(
+                    AuditError(
+                        f"{where}{problem.strerror or problem}", "mend it; the same command then resumes"
+                    )
+                )
+                raise typer.Exit(EXIT_FIXABLE) from None
+            except Exception as problem:
+                console.show_error(
+                    AuditError(
+                        f"unexpected {type(problem).__name__}: {problem}", f"details: {_log_failure()}"
+                    )
+                )
+                raise typer.Exit(EXIT_UNEXPECTED) from None
+
+        return app.command(name)(guarded)
+
+    return register
+
+
+def _log_failure() -> str:
+    """Keep the traceback in a file, and say where; on stderr where no file can be written."""
+    import tempfile
+
+    text = traceback.format_exc()
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="nc-audit-", suffix=".log", delete=False) as log:
+            log.write(text)
+        return log.name
+    except OSError:
+        sys.stderr.write(text)
+        return "above"
+
+
+def _version(value: bool) -> None:
+    if value:
+        from nc_audit.console import print_data
+
+        print_data(f"nc-audit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Find the captions that do not describe their images, before you train on them.
+
+    Example: nc-audit score rsitmd/
+    """
+
+
+@command("score")
+def score(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="Folder or file with captions and images.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run directory; runs/NAME when not given.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe", metavar="NAME|FILE", help="Recipe; repeatable, later ones override earlier ones."
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", metavar="SPEC", help="Encoder of images and captions, e.g. auto, builtin."),
+    ] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option("--image-encoder", metavar="SPEC", help="Image encoder.")
+    ] = None,
+    image_weights: Annotated[
+        Path | None,
+        typer.Option("--image-weights", metavar="FILE", help="Local weights of the image encoder."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option("--text-encoder", metavar="SPEC", help="Text encoder.")
+    ] = None,
+    text_weights: Annotated[
+        Path | None, typer.Option("--text-weights", metavar="FILE", help="Local weights of the text encoder.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="Audit this split only.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Audit the first N rows only.")
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", metavar="NAME", help="Column with the image.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option("--caption-column", metavar="NAME", help="Column with the caption.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
+    ] = "auto",
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over instead of resuming.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Load, embed, train, score and tag a dataset into a run directory; rerunning resumes or does nothing.
+
+    Example: nc-audit score rsitmd/ --recipe mobilenet_tfidf
+    """
+    from nc_audit import console
+    from nc_audit.pipeline import score_dataset
+    from nc_audit.recipe import build_recipe
+    from nc_audit.run import RUNS, remember_latest
+
+    settings = {
+        "dataset": {
+            "image_root": str(image_root) if image_root else None,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "split": split,
+            "limit": limit,
+        },
+        "image": {
+            "encoder": image_encoder or encoder,
+            "weights": str(image_weights) if image_weights else None,
+        },
+        "text": {"encoder": text_encoder or encoder, "weights": str(text_weights) if text_weights else None},
+        "train": {"seed": seed},
+    }
+    built = build_recipe(recipe or (), set_ or (), settings)
+    if not dataset.exists():
+        raise DatasetError(f"{dataset} does not exist", "name a folder or a file with captions and images")
+    name = dataset.resolve().stem if dataset.is_file() else dataset.resolve().name
+    run = out or RUNS / (name or "dataset")
+    with console.Watch(quiet=json) as watch:
+        summary = score_dataset(
+            dataset,
+            run,
+            built,
+            recipe_names=tuple(recipe or ()),
+            device=device,
+            precision=precision,
+            force=force,
+            watch=watch,
+        )
+    remember_latest(run)
+    if json:
+        console.print_json({"run": str(run), **summary})
+    else:
+        console.show_summary(summary, str(run), is_default=True)
+
+
+@command("report")
+def report(
+    run: RunOption = None,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many pairs, worst first.")] = 20,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAGS", help="Only these tags, comma separated.")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option("--sort", metavar="COLUMN", help="Column of scores.parquet to sort by.")
+    ] = "noise_probability",
+    format: Annotated[
+        str, typer.Option("--format", metavar="table|json|csv|md", help="How to print the pairs.")
+    ] = "table",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write to a file instead of stdout.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the worst pairs with their captions, probabilities, tags and reasons.
+
+    Example: nc-audit report --top 200 --tag noisy
+    """
+    from nc_audit import console
+    from nc_audit.report import report_rows, summary, to_csv, to_json, to_markdown
+    from nc_audit.errors import nearest
+
+    form = "json" if json else format
+    formats = ["table", "json", "csv", "md"]
+    if form not in formats:
+        raise DatasetError(f"unknown report format {form!r}", nearest(form, formats))
+    opened = _open(run)
+    rows = report_rows(opened, top=top, tags=_listed(tag), sort=sort)
+    counts = summary(opened)
+    if form == "table" and out is None:
+        console.show_rows(rows, counts)
+        return
+    if form == "table":
+        raise DatasetError("a table goes to the terminal only", "add --format json, csv or md to --out")
+    text = {
+        "json": lambda: to_json(rows, counts),
+        "csv": lambda: to_csv(rows),
+        "md": lambda: to_markdown(rows, counts),
+    }[form]()
+    if out is None:
+        console.print_data(text)
+        return
+    from nc_audit.run import replacing
+
+    if out.exists() and not out.is_file():
+        raise DatasetError(f"{out} is a folder", "name a file")
+    with replacing(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@command("export")
+def export(
+    run: RunOption = None,
+    drop: Annotated[
+        str | None,
+        typer.Option("--drop", metavar="TAGS", help="Leave out these tags, comma separated, e.g. noisy."),
+    ] = None,
+    reweight: Annotated[bool, typer.Option("--reweight", help="Add a weight column, 0..1.")] = False,
+    rematch: Annotated[
+        bool,
+        typer.Option(
+            "--rematch", help="Give noisy pairs the caption that fits better; each change is listed."
+        ),
+    ] = False,
+    format: Annotated[
+        str, typer.Option("--format", metavar="parquet", help="Format of the export.")
+    ] = "parquet",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; RUN/export when not given.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is no export of ours.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write the dataset without the tags you drop, or with a weight for each pair.
+
+    Example: nc-audit export --drop noisy
+    """
+    from nc_audit import console
+    from nc_audit.export import export_run
+    from nc_audit.pipeline import open_images
+
+    opened = _open(run)
+    with console.Watch(quiet=json) as watch:
+        result = export_run(
+            opened,
+            out or opened.path / "export",
+            format=format,
+            drop=_listed(drop) or [],
+            reweight=reweight,
+            rematch=rematch,
+            overwrite=overwrite,
+            read_image=open_images(opened).read,
+            progress=lambda done, total: watch.progress("export", done, total),
+        )
+    if json:
+        console.print_json(
+            {
+                "out": str(result.out),
+                "rows": result.rows,
+                "kept": result.kept,
+                "dropped": result.dropped,
+                "rematched": result.num_rematched,
+                "files": result.files,
+            }
+        )
+    else:
+        console.show_export(result)
+
+
+@command("tag")
+def tag(
+    run: RunOption = None,
+    target_precision: Annotated[
+        float | None,
+        typer.Option(
+            "--target-precision", metavar="P", min=0, max=1, help="Share of noise expected among noisy tags."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="5%", help="Tag this share of the rows noisy, the worst first."),
+    ] = None,
+    noisy_at: Annotated[
+        float | None,
+        typer.Option("--noisy-at", metavar="P", min=0, max=1, help="Noisy from this probability."),
+    ] = None,
+    clean_at: Annotated[
+        float | None,
+        typer.Option("--clean-at", metavar="P", min=0, max=1, help="Clean up to this probability."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Tag a run anew, without rescoring.
+
+    Example: nc-audit tag --target-precision 0.95
+    """
+    from nc_audit import console
+    from nc_audit.pipeline import retag
+
+    if target_precision is not None and (budget is not None or noisy_at is not None):
+        raise DatasetError(
+            "--target-precision decides what is noisy", "give it without --budget and --noisy-at"
+        )
+    if budget is not None and noisy_at is not None:
+        raise DatasetError("--budget decides what is noisy", "give it without --noisy-at")
+    opened = _open(run)
+    summary = retag(
+        opened,
+        target_precision=target_precision,
+        budget=None if budget is None else _share(budget),
+        clean_at=clean_at,
+        noisy_at=noisy_at,
+    )
+    if json:
+        console.print_json({"run": str(opened.path), **summary})
+    else:
+        console.show_summary(summary, str(opened.path), is_default=run is None)
+
+
+@command("runs")
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs, or one run.")] = Path(
+        "runs"
+    ),
+    json: JsonOption = False,
+) -> None:
+    """List the runs of a folder, or show one.
+
+    Example: nc-audit runs
+    """
+    from nc_audit import console
+    from nc_audit.run import MANIFEST, Run, list_runs
+
+    if (folder / MANIFEST).exists():
+        opened = Run.open(folder)
+        if json:
+            console.print_json(opened.manifest)
+        elif "summary" in opened.manifest:
+            console.show_summary(opened.manifest["summary"], str(folder), is_default=False)
+        else:
+            console.show_listing(
+                ["stage", "seconds"], [[k, str(v["seconds"])] for k, v in opened.manifest["stages"].items()]
+            )
+        return
+    found = list_runs(folder)
+    if json:
+        console.print_json([{"run": str(r.path), **r.manifest.get("summary", {})} for r in found])
+        return
+    if not found:
+        raise DatasetError(f"no run under {folder}/", "nc-audit score DATASET makes one")
+    rows = []
+    for one in found:
+        summary = one.manifest.get("summary")
+        tags = summary["tags"] if summary else {}
+        done = "complete" if summary else "unfinished: " + ", ".join(one.manifest["stages"])
+        rows.append(
+            [
+                str(one.path),
+                done,
+                f"{summary['rows']:,}" if summary else "",
+                f"{tags.get('noisy', 0):,}" if summary else "",
+            ]
+        )
+    console.show_listing(["run", "state", "rows", "noisy"], rows)
+
+
+@command("recipes")
+def recipes(
+    action: Annotated[str, typer.Argument(metavar="[list|show|copy]", help="What to do.")] = "list",
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to show or copy.")] = None,
+    to: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to copy it; NAME.toml when not given.")
+    ] = None,
+) -> None:
+    """List the recipes that come with the tool, show one with every setting, or copy one to edit.
+
+    Example: nc-audit recipes show self_paced
+    """
+    from nc_audit import console
+    from nc_audit.errors import RecipeError, nearest
+    from nc_audit.recipe import build_recipe, find_recipe, list_recipes, show
+    from nc_audit.run import replacing
+
+    if action == "list":
+        rows = [
+            [known, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")]
+            for known, path in list_recipes().items()
+        ]
+        console.show_listing(["recipe", "does"], rows)
+        return
+    if action not in ("show", "copy"):
+        raise RecipeError(f"recipes cannot {action}", nearest(action, ["list", "show", "copy"]))
+    if name is None:
+        raise RecipeError(f"recipes {action} needs a name", "nc-audit recipes lists them")
+    source = find_recipe(name)
+    if action == "show":
+        console.print_data(show(build_recipe([name])))
+        return
+    target = to or Path(f"{source.stem}.toml")
+    if target.exists():
+        raise RecipeError(f"{target} exists", "name another file")
+    with replacing(target) as partial:
+        partial.write_bytes(source.read_bytes())
+    console.err.print(
+        f"copied to {target}; use it with nc-audit score DATASET --recipe {target}", markup=False
+    )
+
+
+@command("demo")
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to draw into; must be new or empty.")],
+    num_images: Annotated[int, typer.Option("--images", metavar="N", min=40, help="How many images.")] = 600,
+    noise: Annotated[
+        float, typer.Option("--noise", metavar="RATE", min=0, max=0.8, help="Share of planted mismatches.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the drawing.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Draw a small captioned dataset with planted noise, to try everything offline in a minute.
+
+    Example: nc-audit demo demo-data && nc-audit score demo-data
+    """
+    from nc_audit import console
+    from nc_audit.demo import draw_demo
+
+    facts = draw_demo(folder, num_images=num_images, noise=noise, seed=seed)
+    if json:
+        console.print_json(facts)
+    else:
+        console.print_data(
+            f"drew {facts.get('rows', '?'):,} captioned rows into {folder}\nnext: nc-audit score {folder}"
+        )
+
+
+def _open(run: Path | None) -> Any:
+    from nc_audit.run import Run
+
+    return Run.latest() if run is None else Run.open(run)
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05` as a share, 0..1."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise DatasetError(f"{text!r} is not a share", "for example 5% or 0.05")
+    return value
+
+
+def main() -> None:
+    """Entry point of the `nc-audit` command."""
+    app()

@@ -1,0 +1,218 @@
+"""What people see in a terminal: progress, notes, summaries, tables. The only module that imports rich.
+
+Data goes to stdout, everything else to stderr. Captions and file names are shown as plain text: no markup of
+theirs is ever interpreted, and control characters are made visible.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from nc_audit.errors import AuditError, RecipeError
+
+if TYPE_CHECKING:
+    from nc_audit.export import ExportResult
+    from nc_audit.report import ReportRow
+
+_TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def out() -> Console:
+    """The console for data; made when asked for, so that it sees today's terminal."""
+    return Console(highlight=False)
+
+
+def print_data(text: str) -> None:
+    """Data as it is, to stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, to stdout."""
+    print_data(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def show_error(problem: AuditError) -> None:
+    """Two lines: what is wrong, what to do."""
+    from nc_audit.report.text import plain
+
+    if isinstance(problem, RecipeError) and len(problem.problems) > 1:
+        err.print(Text("error: ", "bold red") + Text(f"the recipe has {len(problem.problems)} problems"))
+        for one in problem.problems:
+            err.print(Text(f"  {plain(one)}"))
+    else:
+        err.print(Text("error: ", "bold red") + Text(plain(problem.message)))
+    if problem.hint:
+        err.print(Text("fix: ", "bold") + Text(plain(problem.hint)))
+
+
+class Watch:
+    """Shows notes and progress of a run on stderr; use it as a context."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._progress = Progress(
+            TextColumn("{task.description:>20}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=err,
+            transient=True,
+            disable=quiet or not err.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Watch:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """A line that explains."""
+        if not self.quiet:
+            self._line(Text("· ", "dim"), text)
+
+    def warn(self, text: str) -> None:
+        """A line that matters."""
+        self._line(Text("! ", "bold yellow"), text)
+
+    def _line(self, mark: Text, text: str) -> None:
+        from nc_audit.report.text import plain
+
+        self._progress.console.print(mark + Text(plain(text)))
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """How far a stage is; one bar for each."""
+        task = self._tasks.get(what)
+        if task is None:
+            for other in self._tasks.values():
+                self._progress.update(other, visible=False)
+            task = self._tasks[what] = self._progress.add_task(what, total=total, rate="")
+        speed = self._progress.tasks[self._progress.task_ids.index(task)].speed
+        rate = f"{speed:,.0f}/s" if speed and speed >= 10 else ""
+        self._progress.update(task, completed=done, total=total, rate=rate)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> None:
+    """What a run found, where its time went and what to type next, to stdout."""
+    console = out()
+    rows, status = summary["rows"], summary["status"]
+    console.print(
+        f"{rows:,} rows, {summary['pairs']:,} distinct pairs of {summary['images']:,} images and "
+        f"{summary['captions']:,} captions"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    ok = max(1, status.get("ok", 0))
+    for tag, count in summary["tags"].items():
+        table.add_row(Text(tag, _TAG_STYLES[tag]), f"{count:,}", percent(count / ok))
+    for name, count in status.items():
+        if name != "ok":
+            table.add_row(Text(name, "magenta"), f"{count:,}", "not audited")
+    console.print(table)
+    for line in rate_lines(summary):
+        console.print(Text(line))
+    seconds = summary["seconds"]
+    spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+    console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
+    where = "" if is_default else f" --run {run}"
+    console.print(Text(f"run: {run}", "dim"))
+    console.print(f"next: nc-audit report{where} --top 200    nc-audit export{where} --drop noisy")
+
+
+def rate_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The estimated noise rate in words, with what it rests on."""
+    rate = summary["noise_rate"]
+    if rate["evidence"] == "none":
+        return [
+            "noise rate: cannot be told. The scores do not tell the given pairs from deliberate mismatches: either "
+            "nearly all captions are wrong, or the encoder sees too little.",
+            "every pair is ambiguous; use a better encoder (--encoder), or look at some pairs with nc-audit report",
+        ]
+    interval = f"{percent(rate['low'])} to {percent(rate['high'])}"
+    lines = [
+        f"estimated noise rate: {percent(rate['estimate'])} ({rate['level']:.0%} interval {interval}, "
+        "errors harder than random mismatches are not counted)"
+    ]
+    if rate["expected_auroc"] is not None:
+        lines.append(f"expected AUROC of noise_score: {rate['expected_auroc']:.3f}")
+    if rate["evidence"] == "weak":
+        lines.append(
+            "the evidence is weak: the encoder tells mismatches from matches poorly here, so the rate may be "
+            "overstated and tags need a look; a pretrained encoder helps (--encoder open_clip:MODEL@FILE)"
+        )
+    if summary["whole_images"]:
+        lines.append("noise strikes whole images here: all captions of an image are judged together")
+    return lines
+
+
+def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any], width: int | None = None) -> None:
+    """The pairs as a table, worst first, to stdout."""
+    from nc_audit.report.text import plain
+
+    console = Console(highlight=False, width=width) if width else out()
+    narrow = console.width < 100
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=not narrow)
+    table.add_column("row", justify="right", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("tag", no_wrap=True)
+    table.add_column("image", overflow="fold", ratio=2)
+    table.add_column("caption", overflow="fold", ratio=4)
+    table.add_column("reasons", overflow="fold", ratio=6)
+    for row in rows:
+        p = "" if row.noise_probability is None else f"{row.noise_probability:.2f}"
+        tag = row.tag or "-"
+        copies = f" (x{row.copies})" if row.copies > 1 else ""
+        table.add_row(
+            f"{row.row}",
+            p,
+            Text(tag, _TAG_STYLES.get(tag, "")),
+            Text(plain(row.image or "")),
+            Text(plain(row.caption or "") + copies),
+            Text("; ".join(plain(reason) for reason in row.reasons)),
+        )
+    console.print(table)
+    tags = ", ".join(f"{count:,} {tag}" for tag, count in summary["tags"].items())
+    err.print(Text(f"{len(rows):,} of {summary['pairs']:,} distinct pairs shown; rows by tag: {tags}", "dim"))
+
+
+def show_export(result: ExportResult) -> None:
+    """What an export wrote, to stdout; the counts reconcile."""
+    console = out()
+    console.print(Text(f"{result.kept:,} of {result.rows:,} rows exported to {result.out}"))
+    for reason, count in result.dropped.items():
+        console.print(Text(f"  left out: {count:,}  {reason}"))
+    if result.num_rematched:
+        console.print(Text(f"  captions replaced: {result.num_rematched:,}"))
+
+
+def show_listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table, to stdout."""
+    from nc_audit.report.text import plain
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    out().print(table)

@@ -1,0 +1,79 @@
+"""The trained model of a run: projections and heads, from frozen embeddings to one space, as one safetensors file.
+
+Shapes: I = images; C = captions; D = dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nc_audit.run import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nc_audit.methods.heads import Heads
+    from nc_audit.methods.projections import Projection
+
+
+@dataclass(frozen=True)
+class Model:
+    """Final heads with the projections of their inputs."""
+
+    heads: Heads
+    image_projection: Projection
+    caption_projection: Projection
+
+    def embed(self, image_ID: Tensor, caption_CD: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of images and captions in the common space.
+
+        Args:
+            image_ID: image embeddings as the encoder gives them, shape [I, D].
+            caption_CD: caption embeddings, shape [C, D'].
+
+        Returns:
+            Shapes [I, width] and [C, width].
+        """
+        return self.heads.embed(self.image_projection(image_ID), self.caption_projection(caption_CD))
+
+    def save(self, path: Path) -> None:
+        """Write the model atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
+        for side, projection in (("image", self.image_projection), ("caption", self.caption_projection)):
+            tensors |= {
+                f"{side}_projection.mean": projection.mean,
+                f"{side}_projection.matrix": projection.matrix,
+            }
+        with replacing(path) as partial:
+            save_file(
+                {name: value.contiguous() for name, value in tensors.items()},
+                partial,
+                {"sizes": json.dumps(self.heads.sizes)},
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Model:
+        """Read a model that `save` wrote."""
+        from safetensors import safe_open
+
+        from nc_audit.methods.heads import Heads
+        from nc_audit.methods.projections import Projection
+
+        with safe_open(path, "pt") as file:
+            sizes = json.loads(file.metadata()["sizes"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        heads = Heads(**sizes)
+        heads.load_state_dict(
+            {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
+        )
+        heads.eval()
+        image, caption = (
+            Projection(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
+            for side in ("image", "caption")
+        )
+        return cls(heads, image, caption)

@@ -1,0 +1,580 @@
+"""The stages of `score` in order: what each needs, what it makes, and when it is already done.
+
+load -> embed -> train -> score -> tag. Stages meet in the run directory only: each reads what the one before wrote,
+so that a resumed run goes the very way of an undisturbed one. A stage is done when the manifest lists it under the
+key of its inputs; the key chains the keys before it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nc_audit import __version__
+from nc_audit.dataset import Folded, ImageStore, LoadOptions, fold, load_pairs, mark_corrupt
+from nc_audit.errors import DatasetError, RunError
+from nc_audit.recipe import Recipe
+from nc_audit.run import Run, digest_of, write_parquet
+from nc_audit.schema import SCORES, TRAJECTORY
+from nc_audit.tag import Thresholds, tag_scores, threshold_for_precision
+
+if TYPE_CHECKING:
+    from nc_audit.methods.matching import Pairs
+
+STAGES = ("load", "embed", "train", "score", "tag")
+
+
+class Watcher(Protocol):
+    """Who is told what happens while a run is made."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def warn(self, text: str) -> None:
+        """Something the user must know."""
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """How far a stage is."""
+
+
+class Silence:
+    """A watcher that keeps quiet; for library use."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Nothing."""
+
+
+def score_dataset(
+    dataset: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    recipe_names: tuple[str, ...] = (),
+    device: str = "auto",
+    precision: str = "auto",
+    force: bool = False,
+    watch: Watcher | None = None,
+) -> dict[str, Any]:
+    """Audit a dataset into a run directory, resuming what is there.
+
+    Args:
+        dataset: folder or file.
+        out: run directory; made when it is not there.
+        recipe: every setting.
+        recipe_names: how the recipe was named, for the manifest.
+        device: auto, cpu or cuda.
+        precision: auto, fp32 or bf16.
+        force: forget what was done and start over; human decisions stay.
+        watch: told notes and progress.
+
+    Returns:
+        The summary that also stands in the manifest.
+
+    Raises:
+        AuditError: of the kind that went wrong.
+    """
+    if not dataset.exists():
+        raise DatasetError(f"{dataset} does not exist", "name a folder or a file with captions and images")
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file", "give a folder with --out")
+    if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
+        raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
+    run = Run(out)
+    with run.locked():
+        if (out / "run.json").exists():
+            run = Run.open(out)
+        audit = _Audit(run, dataset, recipe, recipe_names, device, precision, watch or Silence())
+        if force:
+            run.manifest["stages"] = {}
+        return audit.run_all()
+
+
+class _Audit:
+    """One audit in progress: the run, and the values that later stages share."""
+
+    def __init__(
+        self,
+        run: Run,
+        dataset: Path,
+        recipe: Recipe,
+        recipe_names: tuple[str, ...],
+        device: str,
+        precision: str,
+        watch: Watcher,
+    ) -> None:
+        self.run, self.dataset, self.recipe, self.watch = run, dataset, recipe, watch
+        self.recipe_names, self.device, self.precision = recipe_names, device, precision
+        self.is_resumed = bool(run.manifest["stages"])
+
+    def run_all(self) -> dict[str, Any]:
+        key = ""
+        did = []
+        for stage in STAGES:
+            key = digest_of([key, self._inputs(stage)])
+            if self.run.is_done(stage, key):
+                continue
+            did.append(stage)
+            for later in STAGES[STAGES.index(stage) :]:
+                self.run.manifest["stages"].pop(later, None)
+            with self._timed() as clock:
+                files, facts = getattr(self, f"_{stage}")()
+            self.run.commit(stage, key, files, clock[0], **facts)
+        if not did and "summary" in self.run.manifest:
+            self.watch.note(f"nothing to do: {self.run.path} is complete for this dataset and recipe")
+            return self.run.manifest["summary"]
+        self.run.manifest["tool"] = __version__
+        self.run.manifest["recipe"] = {
+            "name": "+".join(self.recipe_names) or "self_paced",
+            "digest": self.recipe.digest(),
+            "settings": self.recipe.model_dump(mode="json"),
+        }
+        self.run.manifest["summary"] = summarise(self.run)
+        self.run.save()
+        return self.run.manifest["summary"]
+
+    @contextmanager
+    def _timed(self) -> Iterator[list[float]]:
+        clock = [0.0]
+        start = time.perf_counter()
+        yield clock
+        clock[0] = time.perf_counter() - start
+
+    def _inputs(self, stage: str) -> Any:
+        """What the stage depends on beyond the stages before it."""
+        recipe = self.recipe
+        if stage == "load":
+            section = recipe.dataset.model_dump(mode="json")
+            places = [self.dataset, *([Path(recipe.dataset.image_root)] if recipe.dataset.image_root else [])]
+            return [__version__, section, [fingerprint(place, self.run.path) for place in places]]
+        if stage == "embed":
+            return [self.encoders.image.digest, self.encoders.text.digest]
+        if stage == "train":
+            return [recipe.train.model_dump(mode="json"), recipe.score.candidates]
+        if stage == "score":
+            return recipe.score.model_dump(mode="json")
+        return recipe.tag.model_dump(mode="json")
+
+    # --- shared values
+
+    @cached_property
+    def folded(self) -> Folded:
+        return fold(self.run.table("pairs"))
+
+    @cached_property
+    def store(self) -> ImageStore:
+        return open_images(self.run)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        import torch
+
+        from nc_audit.methods.matching import Pairs
+
+        return Pairs(
+            torch.from_numpy(self.folded.pair_image.copy()),
+            torch.from_numpy(self.folded.pair_caption.copy()),
+            len(self.folded.image_ids),
+            len(self.folded.caption_ids),
+        )
+
+    # --- stages
+
+    def _load(self) -> tuple[dict[str, int], dict[str, Any]]:
+        section = self.recipe.dataset
+        options = LoadOptions(
+            image_root=Path(section.image_root) if section.image_root else None,
+            image_column=section.image_column,
+            caption_column=section.caption_column,
+            split=section.split,
+            limit=section.limit,
+        )
+        loaded = load_pairs(
+            self.dataset, options, lambda done, total: self.watch.progress("load", done, total)
+        )
+        self.watch.note(loaded.layout)
+        for note in loaded.notes:
+            self.watch.note(note)
+        self.run.write_table("pairs", loaded.pairs)
+        self.run.manifest["dataset"] = {
+            "path": str(self.dataset),
+            "roots": loaded.roots,
+            "layout": loaded.layout,
+            "notes": loaded.notes,
+        }
+        return {"pairs.parquet": len(loaded.pairs)}, {"status": loaded.counts}
+
+    def _embed(self) -> tuple[dict[str, int], dict[str, Any]]:
+        failures = self.embeddings.failures
+        pairs = self.run.table("pairs")
+        if failures:
+            pairs = mark_corrupt(pairs, failures)
+            self.watch.warn(f"{len(failures):,} images cannot be decoded; their rows are corrupt_image")
+            self.run.write_table("pairs", pairs)
+            for stale in ("folded", "embeddings", "pairs"):
+                self.__dict__.pop(stale, None)
+            if not len(self.folded.pair_ids):
+                raise DatasetError("not one image can be decoded", "check the image files of the dataset")
+        return {"pairs.parquet": len(pairs)}, {"encoders": self.encoders.describe(), "corrupt": len(failures)}
+
+    def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
+        from nc_audit.train import train
+
+        trained = train(
+            self.embeddings.image,
+            self.embeddings.caption,
+            self.pairs,
+            self.recipe.train,
+            self.recipe.score.candidates,
+            self.watch.progress,
+        )
+        model = self.run.path / "model"
+        trained.model.save(model / "heads.safetensors")
+        num, epochs = len(self.pairs), len(trained.folds.loss_EN)
+        pair_id = pa.array(self.folded.pair_ids)
+        write_parquet(_trajectory(trained.folds, pair_id), model / "trajectory.parquet")
+        folds, final = trained.folds, trained.final
+        given = {
+            "first": trained.first.evidence.given_N,
+            "loss": folds.loss.given_N,
+            "distance": folds.distance.given_N,
+            "final_loss": final.loss.given_N,
+            "final_distance": final.distance.given_N,
+            "energy": folds.matches.energy,
+            "image_entropy": folds.matches.image_entropy,
+            "caption_entropy": folds.matches.caption_entropy,
+            "weight": folds.weight_EN.mean(0),
+            "prior": trained.first.posterior_N,
+            "variation": trained.first.variation_N,
+        }
+        write_parquet(
+            pa.table({"pair_id": pair_id} | {name: value.numpy() for name, value in given.items()}),
+            model / "evidence.parquet",
+        )
+        swaps = {
+            "caption": trained.swap_caption_N,
+            "first": trained.first.evidence.swaps_S,
+            "loss": folds.loss.swaps_S,
+            "distance": folds.distance.swaps_S,
+            "final_loss": _placed(final.loss.swaps_S, trained.planted, num),
+            "final_distance": _placed(final.distance.swaps_S, trained.planted, num),
+        }
+        write_parquet(
+            pa.table({name: value.numpy() for name, value in swaps.items()}), model / "swaps.parquet"
+        )
+        candidates = trained.candidates
+        write_parquet(
+            pa.table(
+                {
+                    "side": ["caption"] * len(candidates.caption_M) + ["image"] * len(candidates.image_M),
+                    "id": [self.folded.caption_ids[i] for i in candidates.caption_M.tolist()]
+                    + [self.folded.image_ids[i] for i in candidates.image_M.tolist()],
+                }
+            ),
+            model / "candidates.parquet",
+        )
+        return (
+            {
+                "model/heads.safetensors": 0,
+                "model/trajectory.parquet": num * epochs,
+                "model/evidence.parquet": num,
+                "model/swaps.parquet": num,
+                "model/candidates.parquet": len(candidates.caption_M) + len(candidates.image_M),
+            },
+            {
+                "pairs": num,
+                "images": self.pairs.num_images,
+                "captions": self.pairs.num_captions,
+                "first_look_rate": round(trained.first.rate, 6),
+                "whole_images": trained.whole_images,
+                "logit_scale": round(folds.scale, 6),
+                "num_candidates": len(candidates.caption_M),
+            },
+        )
+
+    def _score(self) -> tuple[dict[str, int], dict[str, Any]]:
+        import torch
+
+        from nc_audit.calibrate import combine_held_out
+        from nc_audit.methods.known_swaps import Evidence
+        from nc_audit.methods.matching import Pairs
+        from nc_audit.methods.uncertainty import chance_loss
+        from nc_audit.model import Model
+        from nc_audit.score import score_pairs
+
+        folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
+        given, swaps = _tensors(folder / "evidence.parquet"), _tensors(folder / "swaps.parquet")
+        planted = (~swaps["final_loss"].isnan()).nonzero().squeeze(1)
+
+        def evidence(name: str, at: Any = slice(None)) -> Evidence:
+            return Evidence(given[name], swaps[name][at])
+
+        self.watch.progress("score", 0, 2)
+        held_out = combine_held_out(
+            evidence("first"),
+            evidence("loss"),
+            evidence("distance"),
+            pairs,
+            pairs.image_N,
+            facts["whole_images"],
+            self.recipe.train.seed,
+        )
+        with torch.inference_mode():
+            found = score_pairs(
+                *Model.load(folder / "heads.safetensors").embed(
+                    self.embeddings.image, self.embeddings.caption
+                ),
+                pairs,
+                Pairs(
+                    pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
+                ),
+                held_out,
+                held_out.evidence.swaps_S[planted],
+                evidence("final_loss", planted),
+                evidence("final_distance", planted),
+                facts["whole_images"],
+                self.recipe.score,
+                self.recipe.train.seed + 200,
+            )
+        self.watch.progress("score", 1, 2)
+        num_candidates = facts["num_candidates"]
+        columns = {
+            "similarity": -given["distance"],
+            "loss": given["loss"],
+            "relative_loss": given["loss"] / chance_loss(num_candidates),
+            "energy": given["energy"],
+            "swapped_entropy": (given["image_entropy"] + given["caption_entropy"]) / 2,
+            "weight": given["weight"],
+            "clean_posterior": 1 - given["prior"],
+            "mi_variation": given["variation"],
+        } | found
+        images = _first_names(self.run.table("pairs"), self.folded)
+        named = {"best_caption": self.folded.captions, "best_image": images}
+        distinct = {
+            name: _named(columns[name], named[name]) if name in named else pa.array(columns[name].numpy())
+            for name in columns
+        }
+        table = _per_row(self.run.table("pairs"), self.folded, distinct)
+        rate = held_out.rate
+        about = {
+            "num_candidates": str(num_candidates),
+            "logit_scale": str(facts["logit_scale"]),
+            "encoder": self.encoders.spec,
+            "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
+            "searched": str(
+                min(self.recipe.score.rank_candidates, max(pairs.num_captions, pairs.num_images))
+            ),
+        }
+        self.run.write_table("scores", table.replace_schema_metadata(about))
+        self.watch.progress("score", 2, 2)
+        return {"scores.parquet": len(table)}, {
+            "noise_rate": {
+                "estimate": rate.estimate,
+                "low": rate.low,
+                "high": rate.high,
+                "level": rate.level,
+                "expected_auroc": None if rate.expected_auroc != rate.expected_auroc else rate.expected_auroc,
+                "evidence": "none" if rate.is_blind else "weak" if rate.is_weak else "good",
+            }
+        }
+
+    def _tag(self) -> tuple[dict[str, int], dict[str, Any]]:
+        section = self.recipe.tag
+        return _write_tags(self.run, Thresholds(section.clean_at, section.noisy_at), None)
+
+
+def retag(
+    run: Run,
+    *,
+    target_precision: float | None = None,
+    budget: float | None = None,
+    clean_at: float | None = None,
+    noisy_at: float | None = None,
+) -> dict[str, Any]:
+    """Tag a scored run anew, without rescoring.
+
+    Args:
+        run: a scored run.
+        target_precision: choose noisy_at so that pairs tagged noisy are expected to be noise at this share, 0..1.
+        budget: tag the worst share of the rows noisy, 0..1, whatever their probability.
+        clean_at: clean up to this noise probability, 0..1; as in the run's recipe when not given.
+        noisy_at: noisy from this noise probability, 0..1; likewise.
+
+    Returns:
+        The new summary.
+
+    Raises:
+        RunError: the run is not scored. RecipeError: the thresholds are not in order.
+    """
+    run.stage("score")
+    section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
+    low = section.get("clean_at", 0.2) if clean_at is None else clean_at
+    high = section.get("noisy_at", 0.8) if noisy_at is None else noisy_at
+    if target_precision is not None:
+        scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
+        high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
+        high = min(high, np.nextafter(1.0, 2.0)) if high > 1 else high
+        low = min(low, high)
+    with run.locked():
+        files, facts = _write_tags(run, Thresholds(low, high), budget)
+        # Another key than any recipe's: scoring again brings the recipe's own thresholds back.
+        run.commit("tag", digest_of(["retag", low, high, budget]), files, 0.0, **facts)
+        run.manifest["summary"] = summarise(run)
+        run.save()
+    return run.manifest["summary"]
+
+
+def _write_tags(
+    run: Run, thresholds: Thresholds, budget: float | None
+) -> tuple[dict[str, int], dict[str, Any]]:
+    blind = run.stage("score")["noise_rate"]["evidence"] == "none"
+    tags = tag_scores(run.table("scores"), run.table("pairs"), thresholds, blind=blind, budget=budget)
+    run.write_table("tags", tags)
+    stated = {"clean_at": thresholds.clean_at, "noisy_at": thresholds.noisy_at, "budget": budget}
+    return {"tags.parquet": len(tags)}, {"thresholds": stated}
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Counts, noise rate and timings of a finished run. Rows reconcile: statuses add up to them, tags to the ok ones.
+
+    Raises:
+        RunError: they do not, or a stage is missing.
+    """
+    status = _counts(run.table("pairs", ["status"])["status"])
+    tags = _counts(run.table("tags", ["tag"])["tag"])
+    rows = sum(status.values())
+    if sum(tags.values()) != status.get("ok", 0):
+        raise RunError(
+            f"{sum(tags.values()):,} rows are tagged but {status.get('ok', 0):,} are ok",
+            "score the dataset again with --force",
+        )
+    train = run.stage("train")
+    return {
+        "rows": rows,
+        "pairs": train["pairs"],
+        "images": train["images"],
+        "captions": train["captions"],
+        "status": status,
+        "tags": {tag: tags.get(tag, 0) for tag in ("clean", "ambiguous", "noisy")},
+        "noise_rate": run.stage("score")["noise_rate"],
+        "whole_images": train["whole_images"],
+        "thresholds": run.stage("tag")["thresholds"],
+        "encoders": run.stage("embed")["encoders"],
+        "findings": [],
+        "seconds": {stage: run.stage(stage)["seconds"] for stage in STAGES},
+    }
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    found = pc.value_counts(column.drop_null()).to_pylist()
+    return {one["values"]: one["counts"] for one in sorted(found, key=lambda one: -one["counts"])}
+
+
+def _trajectory(folds: Any, pair_id: pa.Array) -> pa.Table:
+    """The `trajectory` table, epoch after epoch."""
+    epochs, num = folds.loss_EN.shape
+    division = pa.DictionaryArray.from_arrays(
+        pa.array(folds.division_EN.reshape(-1).numpy()), pa.array(["clean", "ambiguous", "noisy"])
+    )
+    return pa.table(
+        [
+            pa.concat_arrays([pair_id] * epochs),
+            pa.array(np.repeat(np.arange(1, epochs + 1, dtype=np.int32), num)),
+            pa.array(folds.loss_EN.reshape(-1).numpy()),
+            pa.array(folds.weight_EN.reshape(-1).numpy()),
+            division.cast(pa.string()),
+        ],
+        schema=TRAJECTORY,
+    )
+
+
+def _placed(values: Any, at: Any, num: int) -> Any:
+    """Values at their places among `num`, not a number elsewhere."""
+    import torch
+
+    result = torch.full((num,), float("nan"))
+    result[at] = values
+    return result
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """The numeric columns of a table as tensors."""
+    import torch
+
+    table = pq.read_table(path)
+    return {
+        name: torch.from_numpy(table[name].to_numpy().copy())
+        for name in table.column_names
+        if not pa.types.is_string(table[name].type)
+    }
+
+
+def _first_names(pairs: pa.Table, folded: Folded) -> list[str]:
+    """A name for each distinct image that does not depend on the order of rows: the smallest it goes by."""
+    table = pairs.select(["image_id", "image"]).filter(pc.equal(pairs["status"], "ok"))
+    names = table.group_by("image_id").aggregate([("image", "min")])
+    by_id = dict(zip(names["image_id"].to_pylist(), names["image_min"].to_pylist(), strict=True))
+    return [by_id[image_id] for image_id in folded.image_ids]
+
+
+def _named(index: Any, names: list[str]) -> pa.Array:
+    """Indices as the names they stand for, null for -1."""
+    at = index.numpy()
+    return pa.array(names, pa.string()).take(pa.array(np.where(at < 0, 0, at), mask=at < 0))
+
+
+def _per_row(pairs: pa.Table, folded: Folded, distinct: dict[str, pa.Array]) -> pa.Table:
+    """The `scores` table: values of distinct pairs written back to every copy, null where a row is not ok."""
+    at = pa.array(folded.row_pair, mask=folded.row_pair < 0)
+    columns = {"pair_id": pairs["pair_id"], "row": pairs["row"]}
+    columns |= {name: values.take(at) for name, values in distinct.items()}
+    return pa.table([columns[field.name] for field in SCORES if field.name in columns], schema=SCORES)
+
+
+def open_images(run: Run) -> ImageStore:
+    """The images of a run's dataset, by `image_uri`."""
+    return ImageStore(run.manifest.get("dataset", {}).get("roots", {}))
+
+
+def fingerprint(path: Path, run: Path) -> str:
+    """What stands below a path: names, sizes and times of all files, without reading them.
+
+    Hidden entries and run directories (so also this one) do not count. For a file, its whole folder counts, since
+    its images are looked for there.
+    """
+    entries: list[tuple[str, int, int]] = []
+    top = path if path.is_dir() else path.parent
+    avoided = {run.resolve()}
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            found = list(os.scandir(folder))
+        except OSError:
+            continue
+        if folder.resolve() in avoided or (folder != top and any(e.name == "run.json" for e in found)):
+            continue
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            elif entry.is_file():
+                state = entry.stat()
+                entries.append((os.path.relpath(entry.path, top), state.st_size, state.st_mtime_ns))
+    return digest_of([path.name if path.is_file() else "", sorted(entries)])
