@@ -177,3 +177,13 @@ def check_table(name: str, table: pa.Table) -> pa.Table:
         if nulls and not expected.nullable:
             raise SchemaError(f"{name}: column {expected.name} has {nulls:,} nulls", num_bad_rows=nulls)
     return table
+
+
+def columns_markdown(name: str) -> str:
+    """The columns of a table as a Markdown table: name, type, unit or range, meaning; for the README."""
+    lines = ["| column | type | unit, range | meaning |", "|---|---|---|---|"]
+    for field in TABLES[name]:
+        metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+        type_ = "list of string" if pa.types.is_list(field.type) else str(field.type)
+        lines.append(f"| `{field.name}` | {type_} | {metadata.get('unit', '')} | {metadata['meaning']} |")
+    return "\n".join(lines)

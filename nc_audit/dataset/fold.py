@@ -55,27 +55,33 @@ def fold(pairs: pa.Table) -> Folded:
 def _sorted_codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     """Each value as its index into the sorted distinct values, shape [N], and those values."""
     codes, values = _codes(column)
-    order = sorted(range(len(values)), key=values.__getitem__)
+    order = np.asarray(pc.sort_indices(values), dtype=np.int64)  # by UTF-8 bytes, which is by code point
     place = np.empty(len(values), np.int64)
     place[order] = np.arange(len(values))
-    return place[codes], [values[at] for at in order]
+    return place[codes], values.take(pa.array(order)).to_pylist()
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Each value as its index into the distinct values, in order of first appearance."""
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Each value as its index into the distinct values, in order of first appearance, and those values."""
     encoded = pc.dictionary_encode(column).unify_dictionaries()
     if not encoded.num_chunks:
-        return np.zeros(0, np.int64), []
+        return np.zeros(0, np.int64), pa.array([], pa.string())
     codes = np.concatenate([np.asarray(chunk.indices, dtype=np.int64) for chunk in encoded.chunks])
-    return codes, encoded.chunk(0).dictionary.to_pylist()
+    return codes, encoded.chunk(0).dictionary
 
 
 def _smallest(column: pa.ChunkedArray, groups: np.ndarray, num_groups: int) -> list[str]:
     """The smallest string, by code point, of each group."""
-    codes, values = _sorted_codes(column)
-    smallest = np.full(num_groups, len(values), np.int64)
-    np.minimum.at(smallest, groups, codes)
-    return [values[at] for at in smallest]
+    codes, values = _codes(column)
+    chosen = np.empty(num_groups, np.int64)
+    chosen[groups] = codes
+    is_torn = np.zeros(num_groups, dtype=bool)
+    is_torn[groups[chosen[groups] != codes]] = True
+    smallest: list[str] = values.take(pa.array(chosen)).to_pylist()
+    at = np.flatnonzero(is_torn[groups])
+    for group, value in zip(groups[at].tolist(), values.take(pa.array(codes[at])).to_pylist(), strict=True):
+        smallest[group] = min(smallest[group], value)
+    return smallest
 
 
 def mark_corrupt(pairs: pa.Table, failures: Mapping[str, str]) -> pa.Table:

@@ -9,7 +9,6 @@ import unicodedata
 # ASCII, Arabic, Urdu, Armenian, Devanagari, Ethiopic, Burmese, Mongolian and CJK; NFKC has already turned the
 # full-width and combined forms into these.
 _SENTENCE_FINAL = dict.fromkeys(map(ord, ".!?…؟۔։।॥።။᠃᠉。"), " ")
-_ASCII_FINAL = str.maketrans(".!?", "   ")
 _WORD = re.compile(r"[^\W_]")
 
 
@@ -22,13 +21,14 @@ def content_id(*parts: str | bytes) -> str:
         >>> content_id("ab", "c") == content_id("a", "bc")
         False
     """
-    digest = hashlib.sha256()
+    pieces: list[bytes] = []
     for part in parts:
-        is_text = isinstance(part, str)
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(b"%c%d:" % (b"s" if is_text else b"b", len(data)))
-        digest.update(data)
-    return digest.hexdigest()[:32]
+        if isinstance(part, str):
+            data = part.encode("utf-8", "surrogatepass")
+            pieces += (b"s%d:" % len(data), data)
+        else:
+            pieces += (b"b%d:" % len(part), part)
+    return hashlib.sha256(b"".join(pieces)).hexdigest()[:32]
 
 
 def normalise_caption(caption: str) -> str:
@@ -42,7 +42,7 @@ def normalise_caption(caption: str) -> str:
         'a baseball field'
     """
     if caption.isascii():
-        return " ".join(caption.lower().translate(_ASCII_FINAL).split())
+        return " ".join(caption.lower().replace(".", " ").replace("!", " ").replace("?", " ").split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", caption).casefold())
     folded = unicodedata.normalize("NFKC", folded.casefold())
     return " ".join(folded.translate(_SENTENCE_FINAL).split())

@@ -53,10 +53,11 @@ class LoadedDataset:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image as rows refer to it: where it was found, and its content hash."""
+    """An image as rows refer to it: where it was found, its content hash, and its name in the dataset."""
 
     found: Found
     image_id: str | None = None
+    name: str | None = None
 
 
 def load_pairs(
@@ -203,11 +204,13 @@ def _images_of(
         if at in rows.embedded:
             held = rows.embedded[at]
             uri = held.uri if held.status != "outside_root" else None
-            images.append(_Image(Found(held.status, held.detail, uri, None, "embedded"), held.image_id))
+            images.append(
+                _Image(Found(held.status, held.detail, uri, None, "embedded"), held.image_id, image)
+            )
             row_image[at] = len(images) - 1
         elif image is None or at in rows.image_remarks:
             detail = rows.image_remarks.get(at, "the row names no image")
-            images.append(_Image(Found("missing_image", detail)))
+            images.append(_Image(Found("missing_image", detail), None, image))
             row_image[at] = len(images) - 1
         else:
             key = (image, sources[at], rows.split[at])
@@ -218,17 +221,17 @@ def _images_of(
                 wanted.append((number, *key))
             row_image[at] = number
     for number, image, source, split in wanted:
-        images[number] = _Image(finder.find(image, posixpath.dirname(source), split))
-    for number, *_ in wanted:
-        images[number] = _Image(finder.outside_or_missing(images[number].found))
+        images[number] = _Image(finder.find(image, posixpath.dirname(source), split), None, image)
+    for number, image, *_ in wanted:
+        images[number] = _Image(finder.outside_or_missing(images[number].found), None, image)
     paths = list(dict.fromkeys(image.found.path for image in images if image.found.path is not None))
     prints = _fingerprints(paths, progress)
-    for number, *_ in wanted:
+    for number, image, *_ in wanted:
         found = images[number].found
         if found.path is not None:
             image_id, problem = prints[found.path]
             found = replace(found, status="corrupt_image", detail=problem) if problem else found
-            images[number] = _Image(found, image_id)
+            images[number] = _Image(found, image_id, image)
     return images, row_image
 
 
@@ -260,7 +263,7 @@ def _table(rows: Batch, sources: list[str], images: list[_Image], row_image: np.
     detail = per_row([image.found.detail for image in images]).to_pylist()
     for row in np.flatnonzero(image_ok & ~np.asarray(pc.equal(caption_status, "ok"), dtype=bool)).tolist():
         detail[row] = _caption_problem(rows.caption[row], rows.caption_remarks.get(row))
-    pair_ids, first = _pair_ids(rows, images, row_image, caption_ids, caption_code)
+    pair_ids, first = _pair_ids(images, row_image, caption_ids, caption_code)
     duplicate_of = pa.array(first, mask=first == np.arange(num_rows))
     columns = {
         "row": pa.array(np.arange(num_rows)),
@@ -310,14 +313,12 @@ def _caption_problem(caption: str | None, remark: str | None) -> str:
 
 
 def _pair_ids(
-    rows: Batch, images: list[_Image], row_image: np.ndarray, caption_ids: list[str], caption_code: np.ndarray
+    images: list[_Image], row_image: np.ndarray, caption_ids: list[str], caption_code: np.ndarray
 ) -> tuple[pa.Array, np.ndarray]:
     """The pair id of each row, and the first row that has it; shape [N]."""
     keys: dict[str, int] = {}
-    image_code = np.empty(len(rows), np.int64)
-    for row, number in enumerate(row_image.tolist()):
-        key = images[number].image_id or f"image:{rows.image[row] or ''}"
-        image_code[row] = keys.setdefault(key, len(keys))
+    codes = [keys.setdefault(one.image_id or f"image:{one.name or ''}", len(keys)) for one in images]
+    image_code = np.array(codes, np.int64)[row_image]
     names, captions = list(keys), ["", *caption_ids]
     combined = image_code * len(captions) + (caption_code + 1)
     distinct, first, inverse = np.unique(combined, return_index=True, return_inverse=True)

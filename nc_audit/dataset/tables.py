@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,8 +251,8 @@ def _delimited_rows(
         if not found:
             continue
         cells: list[str | None] = list(found)
-        counts.add("broken_lines", first, len(record) > 1)
-        what = f"line {first:,} has {len(cells):,} of {width:,} cells"
+        if len(record) > 1:
+            counts.add("broken_lines", first)
         if len(cells) > width and any(cells[width:]):
             if len(captions_at) == 1:
                 counts.add("rejoined", first)
@@ -262,8 +263,6 @@ def _delimited_rows(
         elif len(cells) < width:
             counts.add("short", first)
             cells += [None] * (width - len(cells))
-        else:
-            what = f"line {first:,} holds no caption"
         image = cells[image_at]
         row_split = split if split_at is None else cells[split_at] or split
         noise = None
@@ -283,9 +282,10 @@ def _delimited_rows(
         for caption in captions or [None]:
             row = batch.add(image, caption, row_split, noise)
             if image is None:
-                batch.image_remarks[row] = what
+                batch.image_remarks[row] = f"line {first:,} has {len(found):,} of {width:,} cells"
             if caption is None:
-                batch.caption_remarks[row] = what
+                what = "holds no caption" if len(found) >= width else f"has {len(found):,} of {width:,} cells"
+                batch.caption_remarks[row] = f"line {first:,} {what}"
         if len(batch) >= BATCH_ROWS:
             yield batch
             batch = Batch(source)
@@ -315,7 +315,9 @@ def list_in(cell: str) -> list[str] | None:
         return None
     for parse in (json.loads, ast.literal_eval):
         try:
-            value = parse(cell)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's parser comments on escapes
+                value = parse(cell)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         if isinstance(value, list) and all(isinstance(one, str) for one in value):

@@ -1,3 +1,117 @@
-"""Image encoder from timm: any of its backbones, pooled, with weights from a file, the hub cache or the hub."""
+"""Image encoder from timm: any of its backbones, pooled, without its classifier."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nc_audit.encoders.weights import (
+    autocast,
+    digest_of_encoder,
+    hub_file,
+    normalised,
+    pixel_steps,
+    read_weights,
+)
+from nc_audit.errors import EncoderError, nearest
+
+if TYPE_CHECKING:
+    from nc_audit.encoders import EncoderPlan
+
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def check_spec(spec: str) -> None:
+    """Whether timm has the model.
+
+    Raises:
+        EncoderError: it has not; the hint names the nearest.
+    """
+    model = spec.removeprefix("timm:")
+    if not timm.is_model(model):
+        known = nearest(model.split(".")[0], timm.list_models())
+        raise EncoderError(f"timm has no model {model!r}", known if known.startswith("did") else "see timm.list_models()")
+
+
+class TimmImageEncoder:
+    """Pooled output of a timm backbone, on the backbone's own scale (not unit norm).
+
+    The whole image is squeezed to the model's size: a caption may speak of what a centre crop would cut away.
+    """
+
+    def __init__(self, plan: EncoderPlan) -> None:
+        self.spec = plan.image
+        self.device = plan.device
+        self.precision = plan.precision
+        chosen = plan.image_options
+        name = self.spec.removeprefix("timm:")
+        model = _build(name, chosen.options, num_classes=0)
+        path = plan.image_weights
+        if path is None:
+            repository = model.pretrained_cfg.get("hf_hub_id")
+            if not repository:
+                raise EncoderError(f"timm publishes no weights for {name}", "give them with --image-weights FILE")
+            file_name = model.pretrained_cfg.get("hf_hub_filename")
+            path = hub_file(repository, (file_name,) if file_name else HUB_NAMES, self.spec)
+        model = _filled(model, read_weights(path), name, chosen.options, path.name)
+        config = timm.data.resolve_model_data_config(model)
+        config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+        if chosen.size is not None:
+            config["input_size"] = (3, chosen.size, chosen.size)
+        config["mean"] = tuple(chosen.mean or config["mean"])
+        config["std"] = tuple(chosen.std or config["std"])
+        self.mean, self.std = config["mean"], config["std"]
+        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.dim = int(model.num_features)
+        self.preprocess_pixels = pixel_steps(timm.data.create_transform(**config, is_training=False))
+        facts = {"spec": self.spec, "options": chosen.options, "precision": self.precision, "preprocess": config}
+        self.digest = digest_of_encoder(facts, model.state_dict())
+        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One RGB image as bytes [3, H, W]."""
+        return self.preprocess_pixels(image)
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """Bytes [B, 3, H, W] to vectors [B, D], float32, on the CPU."""
+        with autocast(self.device, self.precision):
+            vectors = self.model(normalised(batch, self.mean, self.std, self.device))
+        return vectors.float().cpu()
+
+
+def _build(name: str, options: dict[str, Any], **more: Any) -> Any:
+    try:
+        return timm.create_model(name, **options, **more)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as problem:
+        raise EncoderError(
+            f"timm cannot build {name} with options {options}: {str(problem).splitlines()[0]}",
+            "see [image] options in the recipe",
+        ) from problem
+
+
+def _filled(model: Any, tensors: dict[str, Tensor], name: str, options: dict[str, Any], file_name: str) -> Any:
+    """The model with these weights, nothing missing; the classifier's own may be left over.
+
+    Weights in another naming than the model's go through timm's conversion, classifier included, which is strict.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    misfits = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
+    if not misfits:
+        model.load_state_dict({key: tensors[key] for key in own}, strict=False)
+        return model
+    try:
+        overlay = {"state_dict": tensors, "source": "timm"}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as problem:
+        raise EncoderError(
+            f"{file_name} does not fit timm:{name}: {len(misfits)} of {len(own)} tensors are missing or have another "
+            f"shape (first: {misfits[0]})",
+            "check the model name and [image] options",
+        ) from problem
+    model.reset_classifier(0)
+    return model

@@ -1,0 +1,262 @@
+"""Both towers of an open_clip model.
+
+Captions differ in length but are padded to the model's context. With a causal mask nothing after the end-of-text
+token reaches the embedding, so captions are sorted by length and each batch is cut at its longest: the same
+embeddings for a fraction of the work.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from nc_audit.encoders.weights import autocast, digest_of_encoder, hub_file, normalised, pixel_steps, read_weights
+from nc_audit.errors import EncoderError, nearest
+
+if TYPE_CHECKING:
+    from nc_audit.encoders import EncoderPlan
+
+HUB_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+)
+HUB_CONFIG = "open_clip_config.json"
+TOKENS_AT_ONCE = 64 * 77  # per batch of captions, padding included
+
+
+def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
+    """Repository on the hub that holds a published model, and the names that its weights may have there.
+
+    Raises:
+        EncoderError: the model or the tag is unknown, or is not on the hub.
+    """
+    if model not in open_clip.list_models():
+        raise EncoderError(f"open_clip has no model {model!r}", nearest(model, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        known = nearest(tag, tags) if tags else f"give a file: open_clip:{model}@FILE"
+        raise EncoderError(f"open_clip has no weights {tag!r} for {model}", known)
+    home = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "")
+    repository, _, name = home.rpartition("/")
+    if not repository:
+        raise EncoderError(f"the weights {tag} of {model} are not on the hub", f"give a file: open_clip:{model}@FILE")
+    return repository, (name,) if name else HUB_NAMES
+
+
+def check_spec(spec: str, file: Path | None) -> None:
+    """Whether open_clip knows the model and where its weights are.
+
+    Raises:
+        EncoderError: a part of the spec is unknown or missing.
+    """
+    _parse(spec, file)
+
+
+def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:
+    """Kind (`hub`, `tag` or `file`), model (for `tag` with its tag after a slash), and the file."""
+    rest = spec.removeprefix("open_clip:")
+    if rest.startswith("hf-hub:"):
+        repository = rest.removeprefix("hf-hub:")
+        if repository.count("/") != 1 or not all(repository.split("/")):
+            raise EncoderError(f"{spec!r} names no repository", "open_clip:hf-hub:OWNER/NAME")
+        return "hub", repository, file
+    model, at, name = rest.partition("@")
+    if at:
+        file = Path(name)
+        if not name or not file.is_file():
+            raise EncoderError(f"{spec}: there is no file {name!r}", "open_clip:MODEL@FILE")
+    if at or (file is not None and "/" not in model):
+        if model not in open_clip.list_models():
+            raise EncoderError(f"open_clip has no model {model!r}", nearest(model, open_clip.list_models()))
+        return "file", model, file
+    model, slash, tag = rest.partition("/")
+    if not slash and model in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        known = f"open_clip:{model}/{tags[0]}" if tags else f"open_clip:{model}@FILE"
+        raise EncoderError(f"{spec} names no weights", f"for example {known}")
+    hub_home(model, tag)
+    return "tag", rest, file
+
+
+class OpenClipModel:
+    """A loaded model, from which the two encoders are taken."""
+
+    def __init__(self, spec: str, file: Path | None, plan: EncoderPlan) -> None:
+        self.spec = spec
+        self.device = plan.device
+        self.precision = plan.precision
+        self.image_options = plan.image_options
+        kind, name, file = _parse(spec, file)
+        if kind == "hub":
+            config = hub_file(name, (HUB_CONFIG,), spec)
+            path = file or hub_file(name, HUB_NAMES, spec)
+            model_name, preprocess, quick_gelu = f"local-dir:{config.parent}", {}, False
+        elif kind == "tag":
+            model_name, _, tag = name.partition("/")
+            path = file or hub_file(*hub_home(model_name, tag), spec)
+            trained = open_clip.get_pretrained_cfg(model_name, tag)
+            preprocess = {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in trained}
+            quick_gelu = bool(trained.get("quick_gelu", False))
+        else:
+            assert file is not None
+            model_name, path, preprocess, quick_gelu = name, file, {}, False
+        if path.suffix != ".npz":
+            read_weights(path)  # refuses what is unsafe or no weights file, with a clear error
+        options = plan.image_options
+        preprocess |= {key: value for key in ("mean", "std") if (value := getattr(options, key)) is not None}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # open_clip's own, about defaults that are chosen here
+                self.model = open_clip.create_model(
+                    model_name,
+                    load_weights=False,
+                    force_quick_gelu=quick_gelu,
+                    force_image_size=options.size,
+                    force_preprocess_cfg=preprocess,
+                    pretrained_text=False,
+                    **options.options,
+                )
+                open_clip.load_checkpoint(self.model, str(path))
+                self.tokenizer = open_clip.get_tokenizer(model_name)
+        except Exception as problem:
+            first = (str(problem).splitlines() or [type(problem).__name__])[0]
+            raise EncoderError(f"{path.name} does not make {spec}: {first}", "check model name and weights") from problem
+        self.model.eval().requires_grad_(False)
+        self.tensors = self.model.state_dict()
+        self.model.to(self.device)
+        scale = getattr(self.model, "logit_scale", None)
+        self.logit_scale = float(scale.exp().mean()) if scale is not None else None
+
+    def image_encoder(self) -> OpenClipImages:
+        """The image tower."""
+        return OpenClipImages(self)
+
+    def text_encoder(self) -> OpenClipCaptions:
+        """The text tower."""
+        return OpenClipCaptions(self)
+
+
+class OpenClipImages:
+    """Images to unit vectors."""
+
+    def __init__(self, owner: OpenClipModel) -> None:
+        self.spec = owner.spec
+        self.device, self.precision = owner.device, owner.precision
+        self.model = owner.model
+        config = dict(self.model.visual.preprocess_cfg)
+        size = config["size"]
+        self.input_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.preprocess_pixels = pixel_steps(open_clip.image_transform_v2(open_clip.PreprocessCfg(**config), False))
+        facts = {"side": "image", "precision": self.precision, "preprocess": config, "model": _shape_of(self.model)}
+        facts["options"] = owner.image_options.options
+        visual = {name: tensor for name, tensor in owner.tensors.items() if name.startswith("visual.")}
+        self.digest = digest_of_encoder(facts, visual)
+        self.dim = self.encode(torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)).shape[1]
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One RGB image as bytes [3, H, W]."""
+        return self.preprocess_pixels(image)
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """Bytes [B, 3, H, W] to unit vectors [B, D], float32, on the CPU."""
+        with autocast(self.device, self.precision):
+            vectors = self.model.encode_image(normalised(batch, self.mean, self.std, self.device))
+        return functional.normalize(vectors.float(), dim=1).cpu()
+
+
+class OpenClipCaptions:
+    """Captions to unit vectors."""
+
+    def __init__(self, owner: OpenClipModel) -> None:
+        self.spec = owner.spec
+        self.device, self.precision = owner.device, owner.precision
+        self.model, self.tokenizer = owner.model, owner.tokenizer
+        self.tower = getattr(self.model, "text", self.model)
+        self.can_cut = _is_causal(self.model, self.tower)
+        self.context = int(getattr(self.tokenizer, "context_length", None) or self.model.context_length)
+        facts = {"side": "text", "precision": self.precision, "context": self.context, "model": _shape_of(self.model)}
+        text = {name: tensor for name, tensor in owner.tensors.items() if not name.startswith("visual.")}
+        self.digest = digest_of_encoder(facts, text)
+        self.dim = self.encode(["a"]).shape[1]
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions to unit vectors [N, D], float32, on the CPU."""
+        if not captions:
+            return torch.zeros(0, self.dim)
+        tokens = self.tokenizer(list(captions))
+        if not self.can_cut:
+            return torch.cat([self._embed(part) for part in tokens.split(TOKENS_AT_ONCE // tokens.shape[1] or 1)])
+        lengths = tokens.argmax(1) + 1  # the end-of-text token has the highest number
+        order = lengths.argsort(stable=True)
+        vectors: Tensor | None = None
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= TOKENS_AT_ONCE:
+                stop += 1
+            rows = order[start:stop]
+            part = self._embed(tokens[rows][:, : int(lengths[rows].max())])
+            if vectors is None:
+                vectors = part.new_empty(len(order), part.shape[1])
+            vectors[rows] = part
+            start = stop
+        assert vectors is not None
+        return vectors
+
+    def _embed(self, tokens_BL: Tensor) -> Tensor:
+        tokens_BL = tokens_BL.to(self.device)
+        with autocast(self.device, self.precision):
+            vectors = self._cut(tokens_BL) if self.can_cut else self.model.encode_text(tokens_BL)
+        return functional.normalize(vectors.float(), dim=1).cpu()
+
+    def _cut(self, tokens_BL: Tensor) -> Tensor:
+        """The text tower on token sequences shorter than its context."""
+        tower, length = self.tower, tokens_BL.shape[1]
+        dtype = tower.transformer.get_cast_dtype()
+        hidden = tower.token_embedding(tokens_BL).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
+        pooled = tower.ln_final(hidden[torch.arange(len(hidden)), tokens_BL.argmax(1)])
+        projection = tower.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
+
+    def truncated(self, captions: Sequence[str]) -> list[bool]:
+        """For each caption, whether it has more tokens than the model's context."""
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            return [len(self.tokenizer.encode(caption)) + 2 > self.context for caption in captions]
+        # a tokenizer of another kind: padding in the last place means that the caption fits
+        longer = self.tokenizer(list(captions), context_length=self.context + 1)
+        return [bool(row) for row in (longer[:, -1] != longer[:, -1].mode().values if len(longer) > 1 else longer[:, 0] < 0)]
+
+
+def _is_causal(model: Any, tower: Any) -> bool:
+    """Whether the text tower is CLIP's own: causal, pooled at the end-of-text token, nothing appended or masked."""
+    pool = getattr(model, "text_pool_type", None) if tower is model else getattr(tower, "pool_type", None)
+    return (
+        type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
+        and pool == "argmax"
+        and getattr(tower, "attn_mask", None) is not None
+        and getattr(tower, "cls_emb", None) is None
+        and not getattr(tower, "use_pad_mask", False)
+        and not getattr(tower, "output_tokens", False)
+    )
+
+
+def _shape_of(model: Any) -> str:
+    """The modules of a model as text: what the weights alone do not say (activations, heads)."""
+    return json.dumps(str(model))
