@@ -244,8 +244,8 @@ def report(
     Example: nc-audit report --top 200 --tag noisy
     """
     from nc_audit import console
-    from nc_audit.report import report_rows, summary, to_csv, to_json, to_markdown
     from nc_audit.errors import nearest
+    from nc_audit.report import report_rows, summary, to_csv, to_json, to_markdown
 
     form = "json" if json else format
     formats = ["table", "json", "csv", "md"]

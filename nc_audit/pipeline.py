@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,11 +25,14 @@ from nc_audit import __version__
 from nc_audit.dataset import Folded, ImageStore, LoadOptions, fold, load_pairs, mark_corrupt
 from nc_audit.errors import DatasetError, RunError
 from nc_audit.recipe import Recipe
-from nc_audit.run import Run, digest_of, write_parquet
+from nc_audit.run import Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import SCORES, TRAJECTORY
 from nc_audit.tag import Thresholds, tag_scores, threshold_for_precision
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nc_audit.encoders import EncoderPlan
     from nc_audit.methods.matching import Pairs
 
 STAGES = ("load", "embed", "train", "score", "tag")
@@ -105,6 +109,34 @@ def score_dataset(
         return audit.run_all()
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of images and captions by id, and the images that could not be decoded, with the reason."""
+
+    image_ids: list[str]
+    image: Tensor
+    caption_ids: list[str]
+    caption: Tensor
+    failures: dict[str, str]
+    num_cut: int
+
+    def of(self, folded: Folded) -> tuple[Tensor, Tensor]:
+        """The embeddings of some images and captions, in their order: shapes [I, D] and [C, D']."""
+        return (
+            _picked(self.image, self.image_ids, folded.image_ids),
+            _picked(self.caption, self.caption_ids, folded.caption_ids),
+        )
+
+
+def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
+    if ids == wanted:
+        return vectors
+    import torch
+
+    at = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
+    return vectors[torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))]
+
+
 class _Audit:
     """One audit in progress: the run, and the values that later stages share."""
 
@@ -163,7 +195,11 @@ class _Audit:
             places = [self.dataset, *([Path(recipe.dataset.image_root)] if recipe.dataset.image_root else [])]
             return [__version__, section, [fingerprint(place, self.run.path) for place in places]]
         if stage == "embed":
-            return [self.encoders.image.digest, self.encoders.text.digest]
+            plan = self.encoder_plan
+            files = [
+                path for path in (plan.image_weights, plan.text_weights, _checkpoint(plan.image)) if path
+            ]
+            return [plan.facts(), [file_digest(path) for path in files]]
         if stage == "train":
             return [recipe.train.model_dump(mode="json"), recipe.score.candidates]
         if stage == "score":
@@ -177,8 +213,84 @@ class _Audit:
         return fold(self.run.table("pairs"))
 
     @cached_property
-    def store(self) -> ImageStore:
+    def images(self) -> ImageStore:
         return open_images(self.run)
+
+    @cached_property
+    def encoder_plan(self) -> EncoderPlan:
+        from nc_audit.encoders import ImageOptions, plan_encoders
+
+        image, text = self.recipe.image, self.recipe.text
+        same = image.encoder == text.encoder
+        plan = plan_encoders(
+            image.encoder if same else "auto",
+            image_encoder=None if same or image.encoder == "auto" else image.encoder,
+            text_encoder=None if same or text.encoder == "auto" else text.encoder,
+            image_weights=Path(image.weights) if image.weights else None,
+            text_weights=Path(text.weights) if text.weights else None,
+            image_options=ImageOptions(image.options, _triple(image.mean), _triple(image.std), image.size),
+            device=self.device,
+            precision=self.precision,
+            seed=self.recipe.train.seed,
+        )
+        for note in plan.notes:
+            self.watch.warn(note)
+        return plan
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """The embeddings of all that is audited, from the store where it holds them."""
+        import torch
+
+        from nc_audit import embed
+        from nc_audit.encoders import load_encoders
+
+        # Images that turn out to be corrupt stay in the set that encoders learn from, so that the set, and with it
+        # every embedding, is the same before and after they are found.
+        wide = fold(_with_corrupt(self.run.table("pairs")))
+        if not wide.pair_ids:
+            raise DatasetError(
+                "not one row has both an image and a caption", "nc-audit runs shows the statuses"
+            )
+        encoders = load_encoders(self.encoder_plan)
+        store = embed.EmbeddingStore(self.run.path / "embeddings")
+        store.folder.mkdir(parents=True, exist_ok=True)
+
+        def read(position: int) -> bytes:
+            return self.images.read(wide.image_uris[position])
+
+        def progress(what: str) -> Callable[[int, int], None]:
+            return lambda done, total: self.watch.progress(what, done, total)
+
+        image_encoder = embed.fit_images(
+            encoders.image, wide.image_ids, read, store, progress=progress("learn images")
+        )
+        image, failures = embed.embed_images(
+            image_encoder,
+            wide.image_ids,
+            read,
+            store,
+            batch_size=self.recipe.image.batch,
+            progress=progress("embed images"),
+        )
+        text_encoder = embed.fit_captions(encoders.text, wide.caption_ids, wide.captions)
+        caption = embed.embed_captions(
+            text_encoder, wide.caption_ids, wide.captions, store, progress=progress("embed captions")
+        )
+        cut = sum(text_encoder.truncated(wide.captions))
+        return Embeddings(
+            wide.image_ids,
+            torch.from_numpy(image),
+            wide.caption_ids,
+            torch.from_numpy(caption),
+            failures,
+            cut,
+        )
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Image and caption embeddings of the distinct ok pairs, in the order of `folded`."""
+        return self.embeddings.of(self.folded)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -220,24 +332,30 @@ class _Audit:
         return {"pairs.parquet": len(loaded.pairs)}, {"status": loaded.counts}
 
     def _embed(self) -> tuple[dict[str, int], dict[str, Any]]:
-        failures = self.embeddings.failures
+        embeddings = self.embeddings
         pairs = self.run.table("pairs")
-        if failures:
-            pairs = mark_corrupt(pairs, failures)
-            self.watch.warn(f"{len(failures):,} images cannot be decoded; their rows are corrupt_image")
+        if embeddings.failures:
+            count = f"{len(embeddings.failures):,} image" + ("s" if len(embeddings.failures) > 1 else "")
+            self.watch.warn(f"{count} cannot be decoded: the rows are corrupt_image")
+            pairs = mark_corrupt(pairs, embeddings.failures)
             self.run.write_table("pairs", pairs)
-            for stale in ("folded", "embeddings", "pairs"):
-                self.__dict__.pop(stale, None)
-            if not len(self.folded.pair_ids):
-                raise DatasetError("not one image can be decoded", "check the image files of the dataset")
-        return {"pairs.parquet": len(pairs)}, {"encoders": self.encoders.describe(), "corrupt": len(failures)}
+        if embeddings.num_cut:
+            self.watch.warn(
+                f"{embeddings.num_cut:,} captions are longer than the encoder reads and judged on their beginning"
+            )
+        self.__dict__.pop("folded", None)
+        return {"pairs.parquet": len(pairs)}, {
+            "encoders": {"image": self.encoder_plan.image, "text": self.encoder_plan.text},
+            "plan": self.encoder_plan.facts(),
+            "undecodable_images": len(embeddings.failures),
+            "cut_captions": embeddings.num_cut,
+        }
 
     def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
         from nc_audit.train import train
 
         trained = train(
-            self.embeddings.image,
-            self.embeddings.caption,
+            *self.inputs,
             self.pairs,
             self.recipe.train,
             self.recipe.score.candidates,
@@ -374,7 +492,7 @@ class _Audit:
         about = {
             "num_candidates": str(num_candidates),
             "logit_scale": str(facts["logit_scale"]),
-            "encoder": self.encoders.spec,
+            "encoder": f"{self.encoder_plan.image} + {self.encoder_plan.text}",
             "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
             "searched": str(
                 min(self.recipe.score.rank_candidates, max(pairs.num_captions, pairs.num_images))
@@ -544,6 +662,30 @@ def _per_row(pairs: pa.Table, folded: Folded, distinct: dict[str, pa.Array]) -> 
     columns = {"pair_id": pairs["pair_id"], "row": pairs["row"]}
     columns |= {name: values.take(at) for name, values in distinct.items()}
     return pa.table([columns[field.name] for field in SCORES if field.name in columns], schema=SCORES)
+
+
+def _with_corrupt(pairs: pa.Table) -> pa.Table:
+    """The pairs with the rows of corrupt images counted as ok, where they have an image and a caption at all."""
+    whole = pc.and_(
+        pc.and_(pc.is_valid(pairs["image_id"]), pc.is_valid(pairs["caption_id"])),
+        pc.is_valid(pairs["image_uri"]),
+    )
+    corrupt = pc.and_(pc.equal(pairs["status"], "corrupt_image"), whole)
+    return pairs.set_column(
+        pairs.schema.get_field_index("status"),
+        pairs.schema.field("status"),
+        pc.if_else(corrupt, "ok", pairs["status"]),
+    )
+
+
+def _triple(value: tuple[float, float, float] | float | None) -> tuple[float, ...] | None:
+    return (value,) * 3 if isinstance(value, float) else value
+
+
+def _checkpoint(spec: str) -> Path | None:
+    """The local file an `open_clip:MODEL@FILE` spec names."""
+    _, at, file = spec.partition("@")
+    return Path(file) if at and Path(file).is_file() else None
 
 
 def open_images(run: Run) -> ImageStore:

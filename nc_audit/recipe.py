@@ -93,7 +93,7 @@ class TrainSection(_Section):
         "cosine", description="self-paced weight: cosine up to noisy_at, RRSITR's two regions, or fixed"
     )
     pace_from: int = Field(3, ge=1, description="epoch after which losses set the weights")
-    pace_growth: float = Field(3.0, ge=1, description="factor by which the pace's thresholds grow to the end")
+    pace_growth: float = Field(6.0, ge=1, description="factor by which the pace's thresholds grow to the end")
     clean_at: float = Field(0.271, gt=0, description="division: clean below this share of the chance loss")
     noisy_at: float = Field(0.977, gt=0, description="division: noisy from this share of the chance loss")
     ambiguous_factor: float = Field(

@@ -527,9 +527,8 @@ def train(
         seed + 100,
         progress,
     )
-    return Trained(
-        first, folds, final, swap_N, planted, whole_images, candidates, Plan.of(len(pairs), settings)
-    )
+    model = Model(final.heads, image_projection, caption_projection)
+    return Trained(first, folds, final, model, swap_N, planted, whole_images, candidates)
 
 
 def check_enough(pairs: Pairs) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset.rows import BATCH_ROWS, Batch, caption_of, flag_of, text_of
+from nc_audit.dataset.rows import BATCH_ROWS, Batch, caption_of, counted, flag_of, text_of
 from nc_audit.errors import DatasetError
 
 _BOMS = (  # the longer ones first: UTF-32's begins with UTF-16's
@@ -24,15 +24,22 @@ _CHUNK = 1 << 20
 def encoding_of(path: Path, notes: list[str]) -> str:
     """The text encoding of a file: by its byte order mark, else UTF-8 when it is valid, else Windows-1252 or Latin-1.
 
-    Reads the file once, in chunks. A file that is not Unicode is noted.
+    Reads the file once, in chunks, so that it decodes without an error afterwards. A file that is not Unicode is
+    noted.
+
+    Raises:
+        DatasetError: the byte order mark promises what the rest does not hold.
     """
     with path.open("rb") as handle:
         start = handle.read(4)
-        for mark, encoding in _BOMS:
-            if start.startswith(mark):
-                return encoding
-        if _decodes(path, "utf-8"):
-            return "utf-8"
+    for mark, encoding in _BOMS:
+        if start.startswith(mark):
+            if not _decodes(path, encoding):
+                message = f"{path.name} begins as {encoding.upper()} text and goes on as something else"
+                raise DatasetError(message, "write it as UTF-8")
+            return encoding
+    if _decodes(path, "utf-8"):
+        return "utf-8"
     encoding = "cp1252" if _decodes(path, "cp1252") else "latin-1"
     name = "Windows-1252, the superset of Latin-1" if encoding == "cp1252" else "Latin-1"
     notes.append(f"{path.name} is not valid UTF-8 and was read as {name}; check accented letters")
@@ -46,7 +53,7 @@ def _decodes(path: Path, encoding: str) -> bool:
             while chunk := handle.read(_CHUNK):
                 decoder.decode(chunk)
         decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
     return True
 
@@ -81,11 +88,7 @@ def read_json(path: Path, notes: list[str]) -> Any:
     Raises:
         DatasetError: the file is not json, is nested too deeply, or is not text.
     """
-    try:
-        text = path.read_text(encoding=encoding_of(path, notes))
-    except UnicodeDecodeError as problem:
-        raise DatasetError(f"{path.name} is not text: {problem}", "write it as UTF-8") from problem
-    return parse_json(text, path.name)
+    return parse_json(path.read_text(encoding=encoding_of(path, notes)), path.name)
 
 
 def is_karpathy(value: Any) -> bool:
@@ -135,7 +138,9 @@ def read_karpathy(value: Any, source: str, split: str | None, notes: list[str]) 
             yield batch
             batch = Batch(source)
     if num_bare:
-        notes.append(f"{num_bare:,} images of {source} have no sentences; each is one row without a caption")
+        notes.append(
+            f"{counted(num_bare, 'image')} of {source} without sentences: a row without a caption each"
+        )
     if batch:
         yield batch
 
@@ -156,7 +161,7 @@ def read_coco(value: Any, source: str, split: str | None, notes: list[str]) -> I
             num_repeated += str(image.get("id")) in images
             images.setdefault(str(image.get("id")), image)
     if num_repeated:
-        notes.append(f"{num_repeated:,} ids of {source} are given to several images; the first one counts")
+        notes.append(f"{counted(num_repeated, 'image')} of {source} with the id of an earlier one, left out")
     described: set[str] = set()
     batch = Batch(source)
     for position, entry in enumerate(value["annotations"]):
@@ -185,7 +190,7 @@ def read_coco(value: Any, source: str, split: str | None, notes: list[str]) -> I
             batch = Batch(source)
     num_bare = len(images.keys() - described)
     if num_bare:
-        notes.append(f"{num_bare:,} images of {source} have no annotation and give no pair")
+        notes.append(f"{counted(num_bare, 'image')} of {source} without an annotation, which makes no pair")
     if batch:
         yield batch
 

@@ -37,21 +37,7 @@ MANIFEST = "run.json"
 PARQUET_ENDINGS = (".parquet", ".pq")
 
 # Formats whose decoders run no outside program and read no other file; Pillow knows more.
-_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "MPO",
-    "JPEG2000",
-    "PPM",
-    "AVIF",
-    "TGA",
-    "ICO",
-)
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "PPM", "AVIF", "ICO")
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:(?=[/\\])", re.IGNORECASE)
@@ -120,6 +106,8 @@ class ImageFinder:
             return Found("remote_image", "the image is a URL; nothing is fetched")
         if not image.strip():
             return Found("missing_image", "the row names no image")
+        if "\0" in image:
+            return Found("missing_image", "the path holds a null character")
         given = image.strip() if not self._exists_as_given(image, folder) else image
         problems: list[Found] = []
         for path in dict.fromkeys((given, given.replace("\\", "/"))):
@@ -379,7 +367,9 @@ def decode_image(data: bytes, size_hint: tuple[int, int] | None = None) -> Image
             image.draft(None, (height, width) if orientation >= 5 else (width, height))
         image.load()
         upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-        return _as_rgb(upright)
+        rgb = _as_rgb(upright)
+        rgb.info.clear()  # an orientation left behind would be applied twice
+        return rgb
     except Exception as problem:  # decoders of hostile bytes raise anything, from KeyError to struct.error
         raise DatasetError(
             f"the image cannot be decoded: {_one_line(problem)}", "replace the file"
@@ -431,7 +421,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def _scaled(values: np.ndarray) -> Image.Image:
@@ -581,7 +571,7 @@ class ImageStore:
             if self._file is not None:
                 self._rows = self._stream = None
                 self._file[1].close()
-            self._file = (path, pq.ParquetFile(path))
+            self._file = (path, pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16))
         return self._file[1]
 
     def _load_rows(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ _KINDS = {
 }
 _MAX_DEPTH = 2
 _MAX_OTHER_JSON = 20
+_MAX_TEXTS = 20
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,7 @@ def read_file(
 def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     problems: list[DatasetError] = []
     unfit: list[DatasetFile] = []
-    levels = _levels(folder)
-    for depth, level in enumerate(levels):
-        below = levels[depth + 1] if depth + 1 < len(levels) else []
+    for level, below in itertools.pairwise(itertools.chain(_levels(folder), [[]])):
         metadata = [path for path in below if path.stem.lower() == "metadata"]
         found, others = _sniff_all(folder, level + metadata, options, problems, unfit)
         if found:
@@ -150,26 +150,27 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     )
 
 
-def _levels(folder: Path) -> list[list[Path]]:
+def _levels(folder: Path) -> Iterator[list[Path]]:
     """Files that may state pairs: those in the folder, in its subfolders, and in theirs; no runs, no hidden folders."""
-    levels, folders = [], [folder]
+    folders = [folder]
     for _ in range(_MAX_DEPTH + 1):
-        files, inner = [], []
+        files, inner = list[Path](), list[Path]()
         for one in folders:
-            entries = sorted(one.iterdir())
-            if one != folder and any(entry.name == MANIFEST for entry in entries):
+            with os.scandir(
+                one
+            ) as entries:  # knows files from folders without asking for each of a million images
+                seen = sorted(entries, key=lambda entry: entry.name)
+            if one != folder and any(entry.name == MANIFEST for entry in seen):
                 continue
-            for entry in entries:
+            for entry in seen:
                 if entry.name.startswith("."):
                     continue
-                if entry.suffix.lower() in _ENDINGS:
-                    if entry.is_file():
-                        files.append(entry)
-                elif not entry.suffix and entry.is_dir() and not entry.is_symlink():
-                    inner.append(entry)
-        levels.append(files)
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append(one / entry.name)
+                elif entry.name.lower().endswith(_ENDINGS) and entry.is_file():
+                    files.append(one / entry.name)
+        yield files
         folders = inner
-    return levels
 
 
 def _sniff_all(
@@ -187,6 +188,8 @@ def _sniff_all(
     found: list[DatasetFile] = []
     others: list[str] = []
     num_other_json = 0
+    if sum(path.suffix.lower() == ".txt" for path in level) > _MAX_TEXTS:
+        level = [path for path in level if path.suffix.lower() != ".txt"]
     for path in sorted(level, key=lambda path: (not _is_likely_json(path), str(path))):
         source = path.relative_to(folder).as_posix()
         if path.suffix.lower() == ".json" and not _is_likely_json(path):
@@ -203,8 +206,9 @@ def _sniff_all(
         if file is None:
             others.append(source)
         elif file.columns and not _fits(file, options):
-            unfit.append(file)
-            others.append(source)
+            if path.suffix.lower() != ".txt":  # a licence, say
+                unfit.append(file)
+                others.append(source)
         else:
             found.append(file)
     return found, others
@@ -259,12 +263,12 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
         return _sniff_json(path, source, kind, split, value, tuple(notes))
     if ending in _DELIMITED or not ending:
         encoding = captions_json.encoding_of(path, notes)
-        delimiter = tables.delimiter_of(path, encoding, options)
-        with path.open(encoding=encoding, newline="") as lines:
-            try:
+        try:
+            delimiter = tables.delimiter_of(path, encoding, options)
+            with path.open(encoding=encoding, newline="") as lines:
                 header = next((cells for cells in csv.reader(lines, delimiter=delimiter) if cells), [])
-            except (csv.Error, UnicodeDecodeError) as problem:
-                raise DatasetError(f"{source} is not a table: {problem}", _UNDERSTOOD) from problem
+        except csv.Error as problem:
+            raise DatasetError(f"{source} is not a table: {problem}", _UNDERSTOOD) from problem
         form = "tsv" if delimiter == "\t" else "csv"
         return DatasetFile(path, source, kind, form, split, columns=tuple(header))
     return None

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from nc_audit.dataset.ids import content_id, normalise_caption, says_nothing
 from nc_audit.dataset.images import Found, ImageFinder, fingerprint
 from nc_audit.dataset.layouts import DatasetFile, Plan, read_file, recognise
-from nc_audit.dataset.rows import Batch, LoadOptions, is_split_word
+from nc_audit.dataset.rows import Batch, LoadOptions, counted, is_split_word
 from nc_audit.dataset.tables import num_parquet_rows
 from nc_audit.errors import DatasetError
 from nc_audit.schema import PAIRS, STATUSES
@@ -27,12 +27,12 @@ Progress = Callable[[int, int | None], None]
 _DEFAULTS = LoadOptions()
 _FILES_AT_ONCE = 64
 _HOW = {
-    "image_root": "{} rows name an image found below --image-root by the path as given",
-    "ending": "{} rows name an image whose path does not exist here; it was found by the path's ending",
-    "base_name": "{} rows name an image whose path does not exist here; it was found by its base name, which is unique",
-    "file_name": "{} rows name an image by its file name alone; it was found in a subfolder",
-    "one_of_several": "{} rows name an image by a file name that several files share; the shallowest, first by "
-    "name, was taken: check these, or give paths",
+    "image_root": "{} with an image found below --image-root by the path as given",
+    "ending": "{} with an image whose path does not exist here, found by the path's ending",
+    "base_name": "{} with an image whose path does not exist here, found by its base name, which is unique",
+    "file_name": "{} with an image named by its file name alone, found in a subfolder",
+    "one_of_several": "{} with a file name that several images share: the shallowest, first by name, was taken; "
+    "check these, or give paths",
 }
 
 
@@ -106,20 +106,19 @@ def _gathered(
 ) -> tuple[Batch, list[str]]:
     """All rows wanted, and the source of each."""
     rows, sources, splits = Batch(""), list[str](), Counter[str]()
-    total = sum(num_parquet_rows(file.path) for file in plan.files if file.form == "parquet")
+    sizes = [num_parquet_rows(file.path) if file.form == "parquet" else 0 for file in plan.files]
+    total = sum(sizes)
     by_name: set[str] = set()
     num_before = 0
-    for file in plan.files:
+    for file, size in zip(plan.files, sizes, strict=True):
         inside = _is_inside(file, finder)
 
         def on_rows(number: int, before: int = num_before) -> None:
             if progress and total:
                 progress(before + number, total)
 
-        num_read = 0
         batches: Iterator[Batch] = read_file(file, options, notes, inside, on_rows)
         for batch in batches:
-            num_read += len(batch)
             if file.kind == "metadata" and file.split is None:
                 _split_by_folder(batch, notes)
             if file.split is not None and file.split in batch.split:
@@ -129,9 +128,9 @@ def _gathered(
             sources += [file.source] * len(kept)
             if options.limit is not None and len(rows) >= options.limit:
                 break
-        num_before += num_read
+        num_before += size
         if options.limit is not None and len(rows) >= options.limit:
-            notes.append(f"only the first {options.limit:,} rows were loaded (--limit)")
+            notes.append(f"loaded only as far as --limit: {counted(len(rows), 'row')}")
             break
     if by_name:
         notes.append(f"the split is taken from the file's or folder's name: {', '.join(sorted(by_name))}")
@@ -187,9 +186,8 @@ def _make_storable(rows: Batch, notes: list[str]) -> None:
                     num_replaced += clean != value
                     column[at] = clean
     if num_replaced:
-        notes.append(
-            f"{num_replaced:,} cells hold characters that are no Unicode text; each was replaced by ?"
-        )
+        cells = counted(num_replaced, "cell")
+        notes.append(f"{cells} with characters that are no Unicode text; each was replaced by ?")
 
 
 def _images_of(
@@ -334,28 +332,27 @@ def _notes_on(
     used = Counter({images[number].found.how: 0 for number in range(len(images))})
     for number, times in enumerate(np.bincount(row_image, minlength=len(images)).tolist()):
         used[images[number].found.how] += times
-    notes = [sentence.format(f"{used[how]:,}") for how, sentence in _HOW.items() if used[how]]
+    notes = [sentence.format(counted(used[how], "row")) for how, sentence in _HOW.items() if used[how]]
     for link, target in sorted(finder.linked_outside.items()):
         notes.append(
             f"{link} is a symbolic link to {target}, outside the dataset; --image-root {target} lets it be read"
         )
     statuses = Counter(pairs["status"].to_pylist())
     if statuses["outside_root"]:
+        rows = counted(statuses["outside_root"], "row")
         notes.append(
-            f"{statuses['outside_root']:,} rows name images outside the dataset's folder; pass --image-root DIR"
+            f"{rows} with an image outside the dataset's folder: name its folder with --image-root DIR"
         )
     if statuses["missing_image"] and options.image_root is None:
-        notes.append(
-            f"{statuses['missing_image']:,} rows name images that are not there; are they elsewhere? --image-root DIR"
-        )
+        rows = counted(statuses["missing_image"], "row")
+        notes.append(f"{rows} with an image that is not there; if it lies elsewhere: --image-root DIR")
     if statuses["remote_image"]:
+        rows = counted(statuses["remote_image"], "row")
+        notes.append(f"{rows} with an image given by URL: fetch it first, nothing is fetched here")
+    num_copies = len(pairs) - pairs["duplicate_of"].null_count
+    if num_copies:
         notes.append(
-            f"{statuses['remote_image']:,} rows name images by URL; fetch them first, nothing is fetched here"
-        )
-    num_repeated = len(pairs) - pairs["duplicate_of"].null_count
-    if num_repeated:
-        notes.append(
-            f"{num_repeated:,} of {len(pairs):,} rows repeat an earlier pair; each distinct pair is scored once"
+            f"copies of an earlier pair, each scored once: {num_copies:,} of {counted(len(pairs), 'row')}"
         )
     return notes
 

@@ -128,6 +128,16 @@ def family_of(relative: str) -> str:
     return _SPLIT_AND_YEAR.sub("*", relative).lower()
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "row"), counted(5135, "row")
+        ('1 row', '5,135 rows')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def text_of(value: Any) -> str | None:
     """A cell as text; None where it holds nothing."""
     if value is None or isinstance(value, str):

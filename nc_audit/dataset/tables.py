@@ -26,6 +26,7 @@ from nc_audit.dataset.rows import (
     Embedded,
     LoadOptions,
     captions_of,
+    counted,
     flag_of,
     in_batches,
     text_of,
@@ -66,14 +67,16 @@ class Columns:
 
 
 _COUNTED = {
-    "short": "rows of {} have fewer cells than its header",
-    "rejoined": "rows of {} have more cells than its header; the surplus was given back to the caption, as "
-    "if its delimiters were not quoted",
-    "long": "rows of {} have more cells than its header; the surplus was left out",
-    "broken_lines": "rows of {} hold line breaks inside a cell",
-    "lists": "cells of {} hold a list of captions; each caption is a row",
-    "blank_captions": "blank cells in the caption columns of {} were taken as no caption at all",
-    "bad_flags": "values of known noise in {} are neither true nor false and were left out",
+    "short": ("row", "with fewer cells than its header"),
+    "rejoined": (
+        "row",
+        "with more cells than its header; the surplus was given back to the caption, whose delimiters are not quoted",
+    ),
+    "long": ("row", "with more cells than its header; the surplus was left out"),
+    "broken_lines": ("row", "with line breaks inside a cell"),
+    "lists": ("cell", "with a list of captions; each caption is a row"),
+    "blank_captions": ("blank cell", "in the caption columns, taken as no caption at all"),
+    "bad_flags": ("value", "of known noise neither true nor false, left out"),
 }
 
 
@@ -91,10 +94,11 @@ class Counts:
 
     def sentences(self, source: str) -> list[str]:
         """The counts in words."""
-        return [
-            f"{number:,} {_COUNTED[what].format(source)} (first: line {first:,})"
-            for what, (number, first) in self._seen.items()
-        ]
+        said = []
+        for what, (number, first) in self._seen.items():
+            noun, meaning = _COUNTED[what]
+            said.append(f"{counted(number, noun)} of {source} {meaning} (first: line {first:,})")
+        return said
 
 
 def plain(name: str) -> str:
@@ -191,7 +195,8 @@ def read_delimited(
     encoding = encoding_of(path, notes)
     delimiter = delimiter_of(path, encoding, options)
     # Tab-separated captions are seldom quoted: where a quote does not close, all quotes are part of the captions.
-    as_text = delimiter == "\t" and not _quotes_close(path, encoding, delimiter)
+    with _long_cells_allowed():
+        as_text = delimiter == "\t" and not _quotes_close(path, encoding, delimiter)
     counts = Counts()
     with path.open(encoding=encoding, newline="") as file, _long_cells_allowed():
         lines = _Lines(file)
@@ -204,7 +209,7 @@ def read_delimited(
                 raise DatasetError(f"{source} is empty", "it needs a header line with the columns' names")
             columns = choose_columns(header, source, options, notes, prefer=prefer)
             yield from _delimited_rows(reader, lines, header, columns, delimiter, source, split, counts)
-        except (csv.Error, UnicodeDecodeError) as problem:
+        except csv.Error as problem:
             raise DatasetError(
                 f"{source} line {reader.line_num + 1:,}: {problem}", "repair the line"
             ) from problem
@@ -295,7 +300,7 @@ def _delimited_rows(
     except csv.Error as problem:
         if reader.dialect.quoting != csv.QUOTE_NONE and "unexpected end" in str(problem):  # type: ignore[attr-defined]
             first = line - len(record) + 1
-            message = f"{source} line {first:,}: a quote is opened and never closed; {len(record):,} lines follow it"
+            message = f"{source} line {first:,}: a quote is opened and never closed; it swallows {len(record):,} lines"
             raise DatasetError(
                 message, "close the quote, or double it where it is part of a caption"
             ) from problem
@@ -375,18 +380,14 @@ def read_json_lines(
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding=encoding) as lines:
-            try:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        record = parse_json(line, source, number)
-                        if not isinstance(record, dict):
-                            kind = type(record).__name__
-                            raise DatasetError(
-                                f"{source} line {number:,} is a {kind}, not an object", "repair the line"
-                            )
-                        yield number, record
-            except UnicodeDecodeError as problem:
-                raise DatasetError(f"{source} is not text: {problem}", "write it as UTF-8") from problem
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = parse_json(line, source, number)
+                    if not isinstance(record, dict):
+                        kind = type(record).__name__
+                        message = f"{source} line {number:,} is a {kind}, not an object"
+                        raise DatasetError(message, "repair the line")
+                    yield number, record
 
     names = list(dict.fromkeys(name for _, record in itertools.islice(records(), _PEEKED) for name in record))
     yield from _record_rows(records(), "line", names, source, split, options, notes, prefer)

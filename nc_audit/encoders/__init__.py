@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AUTO = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+AUTO_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it, without waiting for its import
+AUTO_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf")
 PAIR_SPECS = ("auto", "builtin", "open_clip:")
@@ -233,7 +235,7 @@ def _both_sides(encoder: str, notes: list[str]) -> tuple[str, str]:
         raise EncoderError(f"{encoder} encodes images only", f"--image-encoder {encoder} --text-encoder tfidf")
     if encoder == "tfidf":
         raise EncoderError("tfidf encodes captions only", "--image-encoder patches --text-encoder tfidf")
-    raise EncoderError(f"unknown encoder {encoder!r}", nearest(encoder, PAIR_SPECS))
+    raise EncoderError(f"unknown encoder {encoder!r}", nearest(encoder, sorted({*PAIR_SPECS, *IMAGE_SPECS, *TEXT_SPECS})))
 
 
 def _two_sides(encoder: str, image: str | None, text: str | None, notes: list[str]) -> tuple[str, str]:
@@ -255,14 +257,12 @@ def _two_sides(encoder: str, image: str | None, text: str | None, notes: list[st
 
 
 def _automatic(notes: list[str]) -> tuple[str, str]:
-    from nc_audit.encoders import open_clip_towers, weights
+    from nc_audit.encoders import weights
 
-    model, _, tag = AUTO.removeprefix("open_clip:").partition("/")
-    repository, names = open_clip_towers.hub_home(model, tag)
-    if weights.cached_file(repository, names):
+    if weights.cached_file(AUTO_REPOSITORY, AUTO_FILES):
         notes.append(f"encoder: {AUTO}, from the weights in the cache")
         return AUTO, AUTO
-    why_not = weights.hub_refusal(repository)
+    why_not = weights.hub_refusal(AUTO_REPOSITORY)
     if why_not is None:
         notes.append(f"encoder: {AUTO}; its weights (about 600 MB) are fetched from the hub once")
         return AUTO, AUTO
@@ -278,6 +278,8 @@ def _check(spec: str, file: Path | None, side: str) -> None:
     known = IMAGE_SPECS if side == "image" else TEXT_SPECS
     if spec in ("auto", "builtin"):
         raise EncoderError(f"{spec} chooses both sides at once", f"give --encoder {spec} and no --{side}-encoder")
+    if spec == AUTO:
+        return
     if spec.startswith("open_clip:"):
         from nc_audit.encoders import open_clip_towers
 

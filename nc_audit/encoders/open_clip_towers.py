@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nc_audit.encoders.weights import autocast, digest_of_encoder, hub_file, normalised, pixel_steps, read_weights
+from nc_audit.encoders.weights import (
+    autocast,
+    digest_of_encoder,
+    hub_file,
+    normalised,
+    pixel_steps,
+    read_weights,
+)
 from nc_audit.errors import EncoderError, nearest
 
 if TYPE_CHECKING:
@@ -111,7 +118,7 @@ class OpenClipModel:
         else:
             assert file is not None
             model_name, path, preprocess, quick_gelu = name, file, {}, False
-        if path.suffix != ".npz":
+        if path.suffix not in (".safetensors", ".npz"):
             read_weights(path)  # refuses what is unsafe or no weights file, with a clear error
         options = plan.image_options
         preprocess |= {key: value for key in ("mean", "std") if (value := getattr(options, key)) is not None}
@@ -239,9 +246,10 @@ class OpenClipCaptions:
         """For each caption, whether it has more tokens than the model's context."""
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
             return [len(self.tokenizer.encode(caption)) + 2 > self.context for caption in captions]
-        # a tokenizer of another kind: padding in the last place means that the caption fits
-        longer = self.tokenizer(list(captions), context_length=self.context + 1)
-        return [bool(row) for row in (longer[:, -1] != longer[:, -1].mode().values if len(longer) > 1 else longer[:, 0] < 0)]
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        if inner is None:
+            return [False] * len(captions)
+        return [len(tokens) > self.context for tokens in inner(list(captions), truncation=False)["input_ids"]]
 
 
 def _is_causal(model: Any, tower: Any) -> bool:

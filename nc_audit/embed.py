@@ -1,0 +1,345 @@
+"""Stage 2, embed: each distinct image and caption becomes one vector, once, kept in content-addressed shards.
+
+A shard holds the rows of a fixed-size run of what was missing when the work began, in the given (canonical) order,
+and is committed by a rename. So a killed and resumed embed makes the same shards as an undisturbed one, and what any
+shard of the same encoder already holds is not embedded again. Vectors are stored in float16 and always used as read
+back, so that a cached run equals a fresh one bit for bit. Images that cannot be decoded are remembered with the reason.
+
+Shapes: N = images or captions; D = dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nc_audit.dataset import decode_image
+from nc_audit.encoders import ImageEncoder, ImageLearner, TextEncoder, TextLearner
+from nc_audit.errors import DatasetError, EncoderError
+from nc_audit.run import digest_of, replacing
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_SHARD = 1024
+CAPTIONS_PER_SHARD = 4096
+CAPTIONS_PER_LEARNT_SHARD = 1 << 16  # cheap to encode, and one shard makes an interrupted fit harmless
+AHEAD = 3  # batches decoded ahead of the encoder
+
+Progress = Callable[[int, int], None]
+Read = Callable[[int], bytes]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class EmbeddingStore:
+    """A folder of Arrow IPC shards: `id`, `embedding` (float16, null where it failed), `error` (why it failed).
+
+    A file name says the side (`image` or `caption`), the encoder's digest and a digest of the ids it holds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self, side: str, digest: str) -> dict[str, int]:
+        """Names of an encoder's shards, with their number of rows, sorted."""
+        return {path.name: self._open(path).num_rows for path in self._shards(side, digest)}
+
+    def read(self, side: str, digest: str, ids: Sequence[str], dim: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+        """What the shards of an encoder hold of some ids.
+
+        Args:
+            side: `image` or `caption`.
+            digest: the encoder's.
+            ids: wanted, distinct.
+            dim: D.
+
+        Returns:
+            Vectors [N, D] float32 (not a number where there is none), whether each id is known [N] bool, and the
+            reasons of those that failed by id.
+        """
+        vectors = np.full((len(ids), dim), np.nan, dtype=np.float32)
+        known = np.zeros(len(ids), dtype=bool)
+        failures: dict[str, str] = {}
+        shards = [self._open(path) for path in self._shards(side, digest)]
+        if not shards:
+            return vectors, known, failures
+        table = pa.concat_tables(shards)
+        at = pc.index_in(table["id"].combine_chunks(), value_set=pa.array(ids, pa.string()))
+        place = at.fill_null(-1).to_numpy(zero_copy_only=False)
+        start = 0
+        for batch in table.to_batches():
+            to = place[start : start + len(batch)]
+            start += len(batch)
+            rows = np.flatnonzero(to >= 0)
+            embedding, error = batch.column("embedding"), batch.column("error")
+            values = embedding.values.to_numpy(zero_copy_only=False)[embedding.offset * dim :][: len(batch) * dim]
+            known[to[rows]] = True
+            failed = error.is_valid().to_numpy(zero_copy_only=False)[rows]
+            vectors[to[rows[~failed]]] = values.reshape(-1, dim)[rows[~failed]]
+            failures |= {ids[to[row]]: error[int(row)].as_py() for row in rows[failed]}
+        return vectors, known, failures
+
+    def write(self, side: str, digest: str, ids: Sequence[str], vectors: Tensor, errors: Sequence[str | None]) -> None:
+        """Commit one shard.
+
+        Args:
+            side: `image` or `caption`.
+            digest: the encoder's.
+            ids: of the rows.
+            vectors: [N, D] float32; the rows that failed are ignored.
+            errors: why each row failed, or None.
+
+        Raises:
+            EncoderError: a vector does not fit into float16 or is not finite.
+        """
+        dim = vectors.shape[1]
+        failed = np.array([error is not None for error in errors], dtype=bool)
+        half = np.where(failed[:, None], np.float32(0), vectors.numpy())
+        with np.errstate(over="ignore"):
+            half = half.astype(np.float16)
+        wrong = int((~np.isfinite(half)).any(1).sum())
+        if wrong:
+            raise EncoderError(
+                f"{wrong:,} of {len(ids):,} {side} embeddings are not finite or exceed 65,504",
+                "the weights do not fit the model, or --precision fp32 is needed",
+            )
+        embedding = pa.FixedSizeListArray.from_arrays(
+            pa.array(half.reshape(-1)), type=_vector_type(dim), mask=pa.array(failed)
+        )
+        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": embedding, "error": pa.array(errors, pa.string())})
+        path = self.folder / f"{side}-{digest[:16]}-{digest_of(list(ids))[:16]}.arrow"
+        with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+
+    def _shards(self, side: str, digest: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{side}-{digest[:16]}-*.arrow"))
+
+    @staticmethod
+    def _open(path: Path) -> pa.Table:
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid as problem:
+            raise EncoderError(f"{path.name} is damaged", f"delete {path}; its rows are embedded again") from problem
+
+
+def _vector_type(dim: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
+
+
+def fit_images(
+    encoder: ImageEncoder | ImageLearner,
+    image_ids: Sequence[str],
+    read: Read,
+    store: EmbeddingStore,
+    *,
+    num_workers: int = 4,
+    progress: Progress | None = None,
+) -> ImageEncoder:
+    """The encoder itself when it is frozen; else what it learns from the images, kept in the store's folder.
+
+    Args:
+        encoder: frozen or not.
+        image_ids: all distinct images in canonical order.
+        read: bytes of an image by its position.
+        store: where the learnt encoder is kept.
+        num_workers: threads that decode.
+        progress: called with images read and images to read.
+
+    Raises:
+        EncoderError: it must learn and no image can be decoded.
+    """
+    if not isinstance(encoder, ImageLearner):
+        return encoder
+    fitted_on = digest_of(list(image_ids))
+    path = store.folder / f"fitted-{encoder.digest_for(fitted_on)[:16]}.safetensors"
+    if path.is_file():
+        return encoder.restore(load_file(path), fitted_on)
+    at = encoder.sample(len(image_ids))
+    images: list[Tensor] = []
+    work = _Decoding(read, encoder.preprocess, encoder.input_size)
+    for done, (image, _) in enumerate(_ahead(work, at, num_workers, AHEAD * 64), 1):
+        if image is not None:
+            images.append(image)
+        if progress:
+            progress(done, len(at))
+    if not images:
+        raise EncoderError(
+            f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from", "check the images"
+        )
+    fitted = encoder.fit(torch.stack(images), fitted_on)
+    with replacing(path) as partial:
+        save_file(encoder.tensors(fitted), partial)
+    return encoder.restore(load_file(path), fitted_on)
+
+
+def fit_captions(encoder: TextEncoder | TextLearner, caption_ids: Sequence[str], captions: Sequence[str]) -> TextEncoder:
+    """The encoder itself when it is frozen; else what it learns from the captions (seconds, always the same).
+
+    Args:
+        encoder: frozen or not.
+        caption_ids: all distinct captions in canonical order.
+        captions: the captions.
+    """
+    if not isinstance(encoder, TextLearner):
+        return encoder
+    return encoder.fit(captions, digest_of(list(caption_ids)))
+
+
+def embed_images(
+    encoder: ImageEncoder,
+    image_ids: Sequence[str],
+    read: Read,
+    store: EmbeddingStore,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Embed the images that the store does not hold yet, and return all as read back from it.
+
+    Args:
+        encoder: fitted or frozen.
+        image_ids: distinct, in canonical order.
+        read: bytes of an image by its position; an OSError counts as a failure that is not remembered.
+        store: where embeddings are kept.
+        batch_size: images per batch, at least 1; halved when memory runs out.
+        num_workers: threads that read, decode and preprocess, ahead of the encoder.
+        progress: called with images embedded and images in all, what the store held included.
+
+    Returns:
+        Vectors [N, D] float32, not a number for images that failed, and why those failed by image id.
+    """
+    _, known, _ = store.read("image", encoder.digest, image_ids, encoder.dim)
+    missing = np.flatnonzero(~known).tolist()
+    done = len(image_ids) - len(missing)
+    if progress:
+        progress(done, len(image_ids))
+    run = max(1, IMAGES_PER_SHARD // batch_size) * batch_size
+    passing: dict[str, str] = {}
+    decoded = _ahead(_Decoding(read, encoder.preprocess, encoder.input_size), missing, num_workers, AHEAD * batch_size)
+    for start in range(0, len(missing), run):
+        rows = missing[start : start + run]
+        vectors = torch.zeros(len(rows), encoder.dim)
+        errors: list[str | None] = [None] * len(rows)
+        unread: set[int] = set()
+        for first in range(0, len(rows), batch_size):
+            places, images = [], []
+            for place in range(first, min(first + batch_size, len(rows))):
+                image, error = next(decoded)
+                if image is not None:
+                    places.append(place)
+                    images.append(image)
+                elif isinstance(error, OSError):
+                    unread.add(place)
+                    passing[image_ids[rows[place]]] = f"cannot be read: {error.strerror or error}"
+                else:
+                    errors[place] = str(error)
+            if images:
+                vectors[places] = _halving(encoder.encode, torch.stack(images))
+            done += min(batch_size, len(rows) - first)
+            if progress:
+                progress(done, len(image_ids))
+        kept = [place for place in range(len(rows)) if place not in unread]
+        if kept:
+            store.write(
+                "image", encoder.digest, [image_ids[rows[p]] for p in kept], vectors[kept], [errors[p] for p in kept]
+            )
+    embedded, _, failures = store.read("image", encoder.digest, image_ids, encoder.dim)
+    return embedded, failures | passing
+
+
+def embed_captions(
+    encoder: TextEncoder,
+    caption_ids: Sequence[str],
+    captions: Sequence[str],
+    store: EmbeddingStore,
+    *,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Embed the captions that the store does not hold yet, and return all as read back from it.
+
+    Args:
+        encoder: fitted or frozen.
+        caption_ids: distinct, in canonical order.
+        captions: the captions.
+        store: where embeddings are kept.
+        progress: called with captions embedded and captions in all, what the store held included.
+
+    Returns:
+        Vectors [N, D] float32.
+    """
+    _, known, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
+    missing = np.flatnonzero(~known).tolist()
+    done = len(caption_ids) - len(missing)
+    run = CAPTIONS_PER_LEARNT_SHARD if encoder.spec == "tfidf" else CAPTIONS_PER_SHARD
+    if progress:
+        progress(done, len(caption_ids))
+    for start in range(0, len(missing), run):
+        rows = missing[start : start + run]
+        vectors = _halving(encoder.encode, [captions[row] for row in rows])
+        store.write("caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows))
+        done += len(rows)
+        if progress:
+            progress(done, len(caption_ids))
+    embedded, _, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
+    return embedded
+
+
+class _Decoding:
+    """Position to preprocessed image, or to why there is none."""
+
+    def __init__(self, read: Read, preprocess: Callable[..., Tensor], size: tuple[int, int]) -> None:
+        self.read, self.preprocess, self.size = read, preprocess, size
+
+    def __call__(self, position: int) -> tuple[Tensor | None, Exception | None]:
+        try:
+            data = self.read(position)
+        except OSError as problem:
+            return None, problem
+        except DatasetError as problem:
+            return None, OSError(problem.message)
+        try:
+            return self.preprocess(decode_image(data, self.size)), None
+        except DatasetError as problem:
+            return None, problem
+
+
+def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: int) -> Iterator[R]:
+    """Results of `work` in order, worked out by threads at most `depth` items ahead of who takes them."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= max(1, depth):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _halving(encode: Callable[..., Tensor], batch: Tensor | list[str]) -> Tensor:
+    """Encode a batch; where memory runs out, its halves, one after the other."""
+    try:
+        return encode(batch)
+    except (RuntimeError, MemoryError) as problem:
+        is_memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(problem)
+        if len(batch) == 1 or not is_memory:
+            raise
+        torch.cuda.empty_cache()
+        logger.warning("out of memory at %d at once, going on with %d", len(batch), len(batch) // 2)
+    middle = len(batch) // 2
+    return torch.cat([_halving(encode, batch[:middle]), _halving(encode, batch[middle:])])

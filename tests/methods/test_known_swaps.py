@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import roc_auc_score
+
+from nc_audit.methods.known_swaps import (
+    Evidence,
+    draw_image_swaps,
+    draw_swaps,
+    expected_auroc,
+    fused,
+    intra_image_correlation,
+    isotonic_fit,
+    noise_posterior,
+    noise_rate,
+    standardise,
+    swaps_auroc,
+)
+
+rates = st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mixture(rate: float, seed: int, num: int = 20_000, gap: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Given scores of which `rate` are drawn like the swaps' scores, `gap` deviations above the others."""
+    g = generator(seed)
+    noisy = torch.arange(num) < rate * num
+    return torch.randn(num, generator=g) + gap * noisy, torch.randn(num, generator=g) + gap
+
+
+# --- drawing
+
+
+@pytest.mark.parametrize("draw", [draw_swaps, draw_image_swaps])
+class TestDrawing:
+    @given(pairs=strategies.pair_indices(), seed=strategies.seeds)
+    def test_never_a_given_pair(self, draw, pairs, seed):
+        image, caption, _, captions = pairs
+        swapped = draw(image, caption, captions, generator(seed))
+        known = set(zip(image.tolist(), caption.tolist(), strict=True))
+        used = set(caption.tolist())
+        for i, c in zip(image.tolist(), swapped.tolist(), strict=True):
+            assert (i, c) not in known
+            assert c == -1 or c in used
+
+    @given(pairs=strategies.pair_indices(), seed=strategies.seeds)
+    def test_the_same_seed_draws_the_same_swaps(self, draw, pairs, seed):
+        image, caption, _, captions = pairs
+        first = draw(image, caption, captions, generator(seed))
+        assert torch.equal(draw(image, caption, captions, generator(seed)), first)
+
+    def test_another_seed_draws_others(self, draw):
+        image, caption = torch.arange(100), torch.arange(100)
+        first, second = (draw(image, caption, 100, generator(seed)) for seed in (0, 1))
+        assert not torch.equal(first, second)
+
+    def test_inputs_stay_as_they_are(self, draw):
+        image, caption = torch.arange(30) // 3, torch.arange(30)
+        draw(image, caption, 30, generator())
+        assert torch.equal(image, torch.arange(30) // 3)
+        assert torch.equal(caption, torch.arange(30))
+
+    def test_minus_one_where_an_image_carries_every_caption(self, draw):
+        image, caption = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0])
+        swapped = draw(image, caption, 3, generator())
+        assert swapped[:3].tolist() == [-1, -1, -1]
+        assert swapped[3].item() in {1, 2}
+
+
+def test_swaps_of_many_pairs_are_nearly_a_permutation():
+    image, caption = torch.arange(3000) // 3, torch.arange(3000)
+    swapped = draw_swaps(image, caption, 3000, generator())
+    assert (swapped // 3 != image).all()
+    # Only the few clashes are drawn again, so nearly every caption is used, none very often.
+    assert len(swapped.unique()) > 2990
+    assert torch.bincount(swapped).max() <= 3
+
+
+def test_image_swaps_take_the_captions_of_one_other_image_in_turn():
+    image, caption = torch.arange(400) // 4, torch.arange(400)
+    order = torch.randperm(400, generator=generator(5))
+    swapped = draw_image_swaps(image[order], caption[order], 400, generator())
+    donors = {}
+    for i, c in zip(image[order].tolist(), swapped.tolist(), strict=True):
+        donors.setdefault(i, []).append(c)
+    seen = set()
+    for i, captions in donors.items():
+        (donor,) = {c // 4 for c in captions}
+        assert donor != i
+        assert len(set(captions)) == 4
+        seen.add(donor)
+    assert len(seen) == 100
+
+
+# --- standardising and separation
+
+
+def test_standardised_swaps_have_mean_zero_and_deviation_one():
+    values, swaps = mixture(0.3, 0, num=500)
+    one = standardise(swaps, swaps)
+    assert one.mean().item() == pytest.approx(0, abs=1e-5)
+    assert one.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    expected = (values - swaps.mean()) / swaps.std(correction=0)
+    assert torch.equal(standardise(values, swaps), expected)
+
+
+def test_standardise_is_zero_where_swaps_do_not_vary():
+    assert standardise(torch.tensor([1.0, 2.0]), torch.full((3,), 7.0)).tolist() == [0.0, 0.0]
+
+
+@given(strategies.scores(), strategies.scores())
+def test_auroc_equals_the_oracle_with_ties_half(score, swaps):
+    expected = oracles.swaps_auroc(score.tolist(), swaps.tolist())
+    assert swaps_auroc(score, swaps) == pytest.approx(expected, abs=1e-9)
+    truth = [0] * len(score) + [1] * len(swaps)
+    assert expected == pytest.approx(roc_auc_score(truth, torch.cat([score, swaps])), abs=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8])
+def test_expected_auroc_is_near_the_one_that_labels_would_give(rate):
+    score, swaps = mixture(rate, 1, gap=1.5)
+    noisy = np.arange(len(score)) < rate * len(score)
+    labelled = (
+        roc_auc_score(noisy, score) if rate else roc_auc_score([0] * 20_000 + [1] * 20_000, torch.cat([score, swaps]))
+    )
+    # The sampling error of the separation is divided by 1 - rate.
+    assert expected_auroc(swaps_auroc(score, swaps), rate) == pytest.approx(labelled, abs=0.006 / (1 - rate))
+
+
+def test_expected_auroc_is_no_number_where_all_is_noise():
+    assert math.isnan(expected_auroc(0.5, 1.0))
+
+
+# --- the rate
+
+
+@given(strategies.scores(), strategies.scores(min_size=2))
+def test_rate_equals_the_oracle(score, swaps):
+    assert noise_rate(score, swaps) == pytest.approx(oracles.noise_rate(score.tolist(), swaps.tolist()), abs=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rate_of_known_mixtures(rate, seed):
+    assert noise_rate(*mixture(rate, seed)) == pytest.approx(rate, abs=0.02)
+
+
+@given(strategies.scores(min_size=2), strategies.scores(min_size=2), strategies.seeds)
+def test_rate_does_not_depend_on_order_or_on_unit(score, swaps, seed):
+    rate = noise_rate(score, swaps)
+    order = torch.randperm(len(score), generator=generator(seed))
+    assert noise_rate(score[order], swaps.flip(0)) == rate
+    assert noise_rate(4 * score, 4 * swaps) == rate
+    assert 0 <= rate <= 1
+
+
+# --- isotonic regression and the posterior
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 5)), min_size=1, max_size=30))
+def test_isotonic_fit_equals_the_oracle_and_sklearn(pairs):
+    values, weights = (list(side) for side in zip(*pairs, strict=True))
+    fitted = isotonic_fit(torch.tensor(values).double(), torch.tensor(weights).double())
+    values, weights = torch.tensor(values).tolist(), torch.tensor(weights).tolist()
+    np.testing.assert_allclose(fitted, oracles.isotonic(values, weights), atol=1e-6)
+    peer = IsotonicRegression().fit_transform(np.arange(len(values)), values, sample_weight=weights)
+    np.testing.assert_allclose(fitted, peer, atol=1e-6)
+    assert (fitted.diff() >= 0).all()
+
+
+@given(strategies.scores(), strategies.scores(), rates, st.sampled_from([1, 5, 2048]))
+def test_posterior_equals_the_oracle(score, swaps, rate, num_bins):
+    for ours, expected in zip(
+        noise_posterior(score, swaps, rate, num_bins),
+        oracles.noise_posterior(score.tolist(), swaps.tolist(), rate, num_bins),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@given(strategies.scores(), strategies.scores(), rates)
+def test_posterior_rises_with_the_score_and_ties_are_equal(score, swaps, rate):
+    given_pairs, of_swaps = noise_posterior(score, swaps, rate)
+    both, values = torch.cat([given_pairs, of_swaps]), torch.cat([score, swaps])
+    order = values.argsort(stable=True)
+    assert (both[order].diff() >= 0).all()
+    assert ((both >= 0) & (both <= 1)).all()
+    for value in values.unique():
+        assert len(both[values == value].unique()) == 1
+
+
+@given(strategies.scores(), strategies.scores())
+def test_posterior_of_rate_zero_is_zero(score, swaps):
+    for posterior in noise_posterior(score, swaps, 0.0):
+        assert (posterior == 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("gap", [1.5, 3.0])
+def test_posterior_means_near_the_rate_and_is_calibrated(rate, gap):
+    score, swaps = mixture(rate, 3, gap=gap)
+    noisy = torch.arange(len(score)) < rate * len(score)
+    posterior, _ = noise_posterior(score, swaps, rate)
+    assert posterior.mean().item() == pytest.approx(rate, abs=0.03)
+    for low in np.arange(0, 1, 0.2):
+        inside = (posterior >= low) & (posterior < low + 0.2)
+        if inside.sum() > 300:
+            assert noisy[inside].float().mean() == pytest.approx(posterior[inside].mean().item(), abs=0.06)
+
+
+@given(strategies.scores(min_size=2), strategies.scores(min_size=2), rates, strategies.seeds)
+def test_posterior_follows_the_order_of_pairs(score, swaps, rate, seed):
+    order = torch.randperm(len(score), generator=generator(seed))
+    np.testing.assert_array_equal(
+        noise_posterior(score[order], swaps, rate)[0], noise_posterior(score, swaps, rate)[0][order]
+    )
+
+
+# --- whole images
+
+
+@given(st.lists(st.tuples(strategies.probabilities.map(lambda p: p[0]), st.integers(0, 5)), min_size=1, max_size=30))
+def test_correlation_equals_the_oracle(rows):
+    value, image = (list(side) for side in zip(*rows, strict=True))
+    found = intra_image_correlation(torch.tensor(value, dtype=torch.float64), torch.tensor(image))
+    expected = oracles.intra_image_correlation(value, image)
+    assert found == pytest.approx(expected, abs=1e-6) or np.std(value) < 1e-6
+
+
+@pytest.mark.parametrize("per_image", [2, 5])
+def test_correlation_of_planted_cases(per_image):
+    num = 3000
+    image = torch.arange(num) // per_image
+    by_pair = (torch.rand(num, generator=generator()) < 0.3).float()
+    by_image = (torch.rand(num, generator=generator()) < 0.3).float()[image]
+    blurred = 0.1 * torch.rand(num, generator=generator(1))
+    assert abs(intra_image_correlation(by_pair + blurred, image)) < 0.06
+    assert intra_image_correlation(by_image + blurred, image) > 0.97
+
+
+def test_correlation_is_zero_without_two_pairs_of_one_image_or_without_variation():
+    assert intra_image_correlation(torch.rand(10), torch.arange(10)) == 0.0
+    assert intra_image_correlation(torch.rand(10), torch.zeros(10, dtype=torch.long)) == 0.0
+    assert intra_image_correlation(torch.full((10,), 0.5), torch.arange(10) // 2) == 0.0
+
+
+# --- evidence
+
+
+def test_fused_evidence_is_the_sum_of_standardised_evidence():
+    first, second = Evidence(*mixture(0.3, 0, 200)), Evidence(*mixture(0.3, 1, 200))
+    both = fused(first, second)
+    expected = standardise(first.given_N, first.swaps_S) + standardise(second.given_N, second.swaps_S)
+    assert torch.equal(both.given_N, expected)
+    assert torch.equal(fused(first).swaps_S, standardise(first.swaps_S, first.swaps_S))
+
+
+def test_evidence_speaks_of_its_own_rate_and_posterior():
+    score, swaps = mixture(0.3, 0, 2000)
+    evidence = Evidence(score, swaps)
+    assert evidence.rate() == noise_rate(score, swaps)
+    posterior = evidence.posterior(0.3)
+    assert posterior.given_N.dtype == torch.float32
+    np.testing.assert_allclose(posterior.given_N, noise_posterior(score, swaps, 0.3)[0], atol=1e-7)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nc_audit.calibrate import (
+    NoiseRate,
+    calibrated,
+    combine_held_out,
+    image_mean,
+    noise_rate,
+    strikes_whole_images,
+)
+from nc_audit.methods.known_swaps import Evidence
+from nc_audit.methods.matching import Pairs
+
+
+def mixture(
+    rate: float, seed: int, num_images: int = 400, per_image: int = 3, gap: float = 3.0, *, whole_images: bool = False
+) -> tuple[Evidence, torch.Tensor]:
+    """Evidence of which `rate` is drawn like the swaps', and the image of each pair; nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.arange(num_images * per_image) // per_image
+    units = num_images if whole_images else len(image)
+    noisy = (torch.arange(units) < round(rate * units))[torch.randperm(units, generator=generator)]
+    if whole_images:
+        noisy = noisy[image]
+    given = torch.randn(len(image), generator=generator) + gap * noisy
+    swaps = torch.randn(len(image), generator=generator) + gap
+    return Evidence(given, swaps), image
+
+
+def noise_of(evidence: Evidence, image: torch.Tensor, seed: int = 0, **options: float) -> NoiseRate:
+    return noise_rate(evidence, image, image, seed, **options)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_interval_contains_the_estimate_and_lies_within_0_and_1(rate, seed):
+    found = noise_of(*mixture(rate, seed))
+    assert 0 <= found.low <= found.estimate <= found.high <= 1
+    assert found.estimate == pytest.approx(rate, abs=0.08)
+    assert not found.is_blind
+    assert found.level == 0.9
+
+
+@pytest.mark.parametrize("whole_images", [False, True])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(rate, whole_images):
+    covered = 0
+    for seed in range(30):
+        found = noise_of(*mixture(rate, seed, 300, whole_images=whole_images), num_draws=100)
+        covered += found.low <= rate <= found.high
+    # 27 of 30 are expected; fewer than 22 would come by chance once in a hundred times.
+    assert covered >= 22
+
+
+def test_more_images_narrow_the_interval_and_noise_by_image_widens_it():
+    widths = []
+    for num_images, whole in ((200, False), (2000, False), (2000, True)):
+        found = noise_of(*mixture(0.4, 0, num_images, 5, whole_images=whole))
+        widths.append(found.high - found.low)
+    assert widths[1] < widths[0] / 2
+    assert widths[2] > 1.2 * widths[1]
+
+
+def test_a_higher_level_gives_a_wider_interval():
+    evidence, image = mixture(0.3, 0)
+    half, most = (noise_of(evidence, image, level=level) for level in (0.5, 0.95))
+    assert most.low < half.low <= half.high < most.high
+
+
+def test_the_same_seed_gives_the_same_interval():
+    evidence, image = mixture(0.3, 0)
+    assert noise_of(evidence, image) == noise_of(evidence, image)
+    assert noise_of(evidence, image, seed=1) != noise_of(evidence, image)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_scores_are_blind(seed):
+    evidence, image = mixture(0.0, seed, gap=0.0)
+    found = noise_of(evidence, image)
+    assert found.is_blind
+    assert found.is_weak
+    assert (found.low, found.high) == (0.0, 1.0)
+    for half in (calibrated(evidence, found).given_N, calibrated(evidence, found).swaps_S):
+        assert (half == 0.5).all()
+
+
+def test_scores_that_point_the_wrong_way_are_blind():
+    assert noise_of(*mixture(0.0, 0, gap=-2.0)).is_blind
+
+
+@pytest.mark.parametrize(("gap", "weak"), [(0.8, True), (3.0, False)])
+def test_weak_evidence_is_called_weak(gap, weak):
+    found = noise_of(*mixture(0.1, 0, gap=gap))
+    assert not found.is_blind
+    assert found.is_weak is weak
+
+
+def test_an_expected_auroc_that_is_no_number_is_weak():
+    assert NoiseRate(0.995, 0.99, 1.0, 0.9, float("nan"), False).is_weak
+
+
+def test_calibrated_probability_means_near_the_rate():
+    evidence, image = mixture(0.3, 0)
+    found = noise_of(evidence, image)
+    probability = calibrated(evidence, found).given_N
+    assert probability.mean().item() == pytest.approx(found.estimate, abs=0.03)
+
+
+# --- whole images
+
+
+@pytest.mark.parametrize(
+    ("rate", "whole", "expected"), [(0.3, True, True), (0.3, False, False), (0.02, True, False), (0.0, True, False)]
+)
+def test_whole_image_noise_is_noticed(rate, whole, expected):
+    evidence, image = mixture(rate, 0, gap=4.0, whole_images=whole)
+    posterior = evidence.posterior(evidence.rate()).given_N
+    assert strikes_whole_images(posterior, rate, image) is expected
+
+
+def test_image_mean():
+    value, image = torch.tensor([1.0, 2.0, 3.0, 7.0]), torch.tensor([2, 0, 2, 0])
+    assert image_mean(value, image).tolist() == [2.0, 4.5, 2.0, 4.5]
+    assert image_mean(value, image).dtype == value.dtype
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_held_out_evidence_is_fused_and_averaged_over_images_where_these_are_struck(whole):
+    first, image = mixture(0.3, 0, whole_images=True)
+    loss, _ = mixture(0.3, 0, whole_images=True, gap=2.0)
+    pairs = Pairs(image, torch.arange(len(image)), 400, len(image))
+    held_out = combine_held_out(first, loss, loss, pairs, image, whole, 0)
+    per_image = held_out.evidence.given_N.view(400, 3)
+    assert bool((per_image == per_image[:, :1]).all()) is whole
+    assert held_out.rate.low <= 0.3 <= held_out.rate.high + 0.02
+    for posterior in (held_out.posterior.given_N, held_out.posterior.swaps_S):
+        assert ((posterior >= 0) & (posterior <= 1)).all()
+    assert held_out.posterior.given_N.mean().item() == pytest.approx(held_out.rate.estimate, abs=0.03)

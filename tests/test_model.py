@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from nc_audit.methods.heads import Heads
+from nc_audit.methods.projections import Projection, principal_projection
+from nc_audit.model import Model
+
+
+@pytest.fixture
+def model() -> Model:
+    """Untrained heads behind a projection of 12 dimensions to 6, and captions as they are."""
+    generator = torch.Generator().manual_seed(0)
+    heads = Heads(6, 5, width=8, hidden=16, input_dropout=0.2, dropout=0.5)
+    heads.eval()
+    return Model(
+        heads, principal_projection(torch.randn(50, 12, generator=generator), 6, 0.5), Projection.identity(5)
+    )
+
+
+def test_a_saved_model_comes_back_exactly(model, tmp_path):
+    path = tmp_path / "model" / "heads.safetensors"
+    model.save(path)
+    again = Model.load(path)
+    for name, value in model.heads.state_dict().items():
+        assert torch.equal(again.heads.state_dict()[name], value), name
+    for mine, theirs in (
+        (model.image_projection, again.image_projection),
+        (model.caption_projection, again.caption_projection),
+    ):
+        assert torch.equal(mine.mean, theirs.mean)
+        assert torch.equal(mine.matrix, theirs.matrix)
+    assert again.heads.sizes == model.heads.sizes
+    assert not again.heads.training
+    image, caption = torch.randn(9, 12), torch.randn(4, 5)
+    for one, other in zip(model.embed(image, caption), again.embed(image, caption), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_logit_scale_comes_back(model, tmp_path):
+    model.heads.log_scale.data.fill_(3.7)
+    model.save(tmp_path / "m.safetensors")
+    assert torch.equal(Model.load(tmp_path / "m.safetensors").heads.scale(), model.heads.scale())
+
+
+def test_the_same_model_gives_the_same_bytes(model, tmp_path):
+    model.save(tmp_path / "a")
+    model.save(tmp_path / "b")
+    Model.load(tmp_path / "a").save(tmp_path / "c")
+    first = (tmp_path / "a").read_bytes()
+    assert (tmp_path / "b").read_bytes() == first
+    assert (tmp_path / "c").read_bytes() == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_embeddings_go_through_projection_and_heads(model):
+    image, caption = torch.randn(3, 12), torch.randn(2, 5)
+    expected = model.heads.embed(model.image_projection(image), caption)
+    for one, other in zip(model.embed(image, caption), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_file_that_is_cut_off_is_not_read(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(SafetensorError):
+        Model.load(path)

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import conftest
+import pytest
+import torch
+from conftest import QUICK, Planted, planted_set
+
+from nc_audit.errors import DatasetError, TrainingError
+from nc_audit.methods.heads import Heads
+from nc_audit.methods.known_swaps import swaps_auroc
+from nc_audit.methods.matching import Candidates, Pairs
+from nc_audit.methods.self_paced import divide, divided_weight, pace_weight
+from nc_audit.model import Model
+from nc_audit.recipe import TrainSection
+from nc_audit.train import Plan, Trained, assign_folds, check_enough, pace, train, train_folds
+
+
+def auroc(score: torch.Tensor, planted: Planted) -> float:
+    return swaps_auroc(score[~planted.is_noisy_N], score[planted.is_noisy_N])
+
+
+# --- planted noise is found
+
+
+@pytest.mark.parametrize("what", ["first", "loss", "distance", "final_loss", "final_distance"])
+def test_planted_noise_ranks_above_the_rest(trained: Trained, planted, what):
+    found = {
+        "first": trained.first.evidence,
+        "loss": trained.folds.loss,
+        "distance": trained.folds.distance,
+        "final_loss": trained.final.loss,
+        "final_distance": trained.final.distance,
+    }[what]
+    assert auroc(found.given_N, planted) > 0.9
+
+
+def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, planted):
+    assert auroc(-trained.folds.weight_EN[-1], planted) > 0.9
+    assert trained.first.rate == pytest.approx(planted.is_noisy_N.double().mean().item(), abs=0.1)
+    assert auroc(-trained.first.variation_N, planted) > 0.9
+    assert trained.whole_images is False
+
+
+def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
+    num = len(planted.pairs)
+    assert isinstance(trained.model, Model)
+    assert trained.swap_caption_N.shape == (num,)
+    assert trained.planted.shape == (round(QUICK.planted_share * num),)
+    assert isinstance(trained.candidates, Candidates)
+    assert len(trained.candidates.caption_M) == len(trained.candidates.image_M) == 300
+
+
+def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(trained: Trained, planted):
+    image, caption = trained.model.embed(planted.image_ID, planted.caption_CD)
+    pairs = planted.pairs
+    distance = -(image[pairs.image_N] * caption[pairs.caption_N]).sum(1)
+    assert auroc(distance, planted) > 0.9
+
+
+def test_swaps_are_no_given_pairs_and_planted_ones_are_distinct(trained: Trained, planted):
+    pairs, swaps = planted.pairs, trained.swap_caption_N
+    known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
+    assert not known & set(zip(pairs.image_N.tolist(), swaps.tolist(), strict=True))
+    assert (trained.planted.diff() > 0).all()
+
+
+def test_the_trajectory_holds_every_epoch_and_agrees_with_itself(trained: Trained, planted):
+    folds, num = trained.folds, len(planted.pairs)
+    assert folds.loss_EN.shape == folds.weight_EN.shape == folds.division_EN.shape == (QUICK.epochs, num)
+    assert ((folds.weight_EN >= 0) & (folds.weight_EN <= 1)).all()
+    chance = torch.tensor(300.0).log()
+    assert torch.equal(folds.division_EN, divide(folds.loss_EN / chance, QUICK.clean_at, QUICK.noisy_at))
+    mean = folds.loss_EN[QUICK.first_counted_epoch - 1 :].mean(0)
+    torch.testing.assert_close(folds.loss.given_N, mean, atol=1e-4, rtol=1e-4)
+    assert torch.equal(folds.matches.loss, folds.loss.given_N)
+    assert folds.scale > 1
+
+
+def test_known_swaps_score_like_planted_noise(trained: Trained, planted):
+    # Exchangeability: neither kind is much the noisier, out of fold and, for swaps that sat in training, in sample.
+    noisy = planted.is_noisy_N
+    for evidence in (trained.folds.loss, trained.final.loss):
+        assert swaps_auroc(evidence.given_N[noisy], evidence.swaps_S) == pytest.approx(0.5, abs=0.15)
+
+
+def test_everything_is_finite(trained: Trained):
+    for evidence in (
+        trained.first.evidence,
+        trained.folds.loss,
+        trained.folds.distance,
+        trained.final.loss,
+        trained.final.distance,
+    ):
+        assert torch.isfinite(evidence.given_N).all()
+        assert torch.isfinite(evidence.swaps_S).all()
+
+
+# --- determinism
+
+
+def tensors(trained: Trained) -> list[torch.Tensor]:
+    return [
+        trained.first.posterior_N,
+        trained.folds.loss.given_N,
+        trained.folds.loss.swaps_S,
+        trained.folds.weight_EN,
+        trained.final.loss.given_N,
+        trained.final.distance.swaps_S,
+        *trained.final.heads.state_dict().values(),
+    ]
+
+
+def test_two_runs_are_equal_whatever_was_drawn_before(trained: Trained, planted):
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    again = train(planted.image_ID, planted.caption_CD, planted.pairs, QUICK, 300)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
+    for one, other in zip(tensors(trained), tensors(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
+    small = planted_set(40, 3)
+    short = QUICK.model_copy(update={"steps": 6, "epochs": 2, "first_counted_epoch": 1})
+    copies = [t.clone() for t in (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N)]
+    results = [
+        train(small.image_ID, small.caption_CD, small.pairs, short.model_copy(update={"seed": s}), 50) for s in (0, 1)
+    ]
+    for copy, now in zip(
+        copies, (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N), strict=True
+    ):
+        assert torch.equal(copy, now)
+    assert not torch.equal(results[0].folds.loss.given_N, results[1].folds.loss.given_N)
+
+
+# --- whole images
+
+
+def test_whole_image_noise_is_noticed_and_folds_keep_images_together():
+    struck = planted_set(300, 3, 0.4, whole_images=True)
+    found = train(struck.image_ID, struck.caption_CD, struck.pairs, QUICK, 200)
+    assert found.whole_images is True
+    assert auroc(found.folds.loss.given_N, struck) > 0.9
+
+
+@pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])
+def test_folds_are_even_and_keep_groups_together(num, folds):
+    group = torch.arange(num).repeat_interleave(2)
+    fold = assign_folds(group, folds, torch.Generator().manual_seed(0))
+    assert torch.equal(fold[::2], fold[1::2])
+    sizes = torch.bincount(fold, minlength=folds)
+    assert sizes.max() - sizes.min() <= 2
+
+
+# --- the pace
+
+
+def test_the_pace_waits_then_grows_to_its_end():
+    losses = torch.tensor([0.0, 0.5, 0.9, 1.5, 2.9, 5.0])
+    settings = TrainSection(epochs=11, pace_from=3, pace_growth=3.0)  # type: ignore[call-arg]
+    assert pace(losses, 2, settings).tolist() == [1.0] * 6
+    torch.testing.assert_close(pace(losses, 3, settings), pace_weight(losses, 0.977))
+    torch.testing.assert_close(pace(losses, 7, settings), pace_weight(losses, 2 * 0.977))
+    torch.testing.assert_close(pace(losses, 11, settings), pace_weight(losses, 3 * 0.977))
+    later = torch.stack([pace(losses, epoch, settings) for epoch in range(3, 12)])
+    assert (later.diff(dim=0) >= 0).all()
+    divided = settings.model_copy(update={"pace": "divided"})
+    torch.testing.assert_close(pace(losses, 3, divided), divided_weight(losses, 0.271, 0.977, 0.8))
+    assert pace(losses, 9, settings.model_copy(update={"pace": "none"})).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "batch", "expected"), [(60, 0, 15), (9_999, 0, 512), (10_000, 0, 1024), (9_999, 64, 64), (40, 999, 10)]
+)
+def test_batches_fit_the_number_of_pairs(num_pairs, batch, expected):
+    plan = Plan.of(num_pairs, TrainSection(batch=batch, steps=160, epochs=12))  # type: ignore[call-arg]
+    assert plan.batch == expected
+    assert plan.steps == 12 * 13
+
+
+# --- errors
+
+
+def tiny(pairs: int, images: int, captions: int) -> Pairs:
+    return Pairs(torch.arange(pairs) % images, torch.arange(pairs) % captions, images, captions)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "images", "captions", "message"),
+    [
+        (39, 39, 39, "39 distinct pairs of 39 images and 39 captions are too few to audit"),
+        (60, 9, 60, "60 distinct pairs of 9 images and 60 captions are too few to audit"),
+        (1200, 1200, 7, "1,200 distinct pairs of 1,200 images and 7 captions are too few to audit"),
+    ],
+)
+def test_too_few_pairs_images_or_captions(pairs, images, captions, message):
+    few = tiny(pairs, images, captions)
+    with pytest.raises(DatasetError) as caught:
+        train(torch.randn(images, 4), torch.randn(captions, 4), few, QUICK, 10)
+    assert caught.value.message == message
+    assert caught.value.hint == "give at least 40 pairs with 10 different images and captions"
+
+
+def test_just_enough_is_enough():
+    check_enough(tiny(40, 40, 40))
+    check_enough(tiny(40, 10, 40))
+
+
+def test_an_image_that_carries_every_caption_is_refused():
+    # Image 0 carries all 40 captions; nine more images carry one each.
+    pairs = Pairs(torch.tensor([0] * 40 + list(range(1, 10))), torch.tensor([*range(40), *range(9)]), 10, 40)
+    with pytest.raises(DatasetError) as caught:
+        train(torch.randn(10, 4), torch.randn(40, 4), pairs, QUICK, 10)
+    assert caught.value.hint == "audit a set in which images have captions of their own"
+    assert caught.value.message == (
+        "40 pairs have an image that carries nearly every caption of the set, so none can be mismatched"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step():
+    small = planted_set(40, 3)
+    broken = small.image_ID.clone()
+    broken[3] = float("nan")
+    drawn = Candidates.draw(small.pairs, 20, torch.Generator().manual_seed(0))
+    num = len(small.pairs)
+    with pytest.raises(TrainingError) as caught:
+        train_folds(
+            broken,
+            small.caption_CD,
+            small.pairs,
+            small.pairs.caption_N.roll(5),
+            torch.ones(num),
+            torch.arange(num),
+            drawn,
+            QUICK.model_copy(update={"batch": num}),
+            0,
+        )
+    assert caught.value.message == "loss is nan at step 0 (lr 4e-05)"
+    assert caught.value.hint == "lower train.lr"
+
+
+def test_the_smallest_set_trains(recwarn):
+    pairs = tiny(40, 40, 40)
+    generator = torch.Generator().manual_seed(0)
+    found = train(
+        torch.randn(40, 4, generator=generator),
+        torch.randn(40, 3, generator=generator),
+        pairs,
+        QUICK.model_copy(update={"steps": 6}),
+        1000,
+    )
+    assert isinstance(found.final.heads, Heads)
+    assert torch.isfinite(found.folds.loss.given_N).all()
+    assert not recwarn.list
+
+
+def test_the_planted_set_has_the_noise_it_says():
+    drawn = conftest.planted_set(100, 3, 0.4)
+    assert drawn.is_noisy_N.double().mean().item() == pytest.approx(0.4, abs=0.02)
