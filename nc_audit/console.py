@@ -7,6 +7,7 @@ theirs is ever interpreted, and control characters are made visible.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,15 @@ _TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_WIDTH_OFF_TERMINAL = 180
+
+
 def out() -> Console:
-    """The console for data; made when asked for, so that it sees today's terminal."""
-    return Console(highlight=False)
+    """The console for data; made when asked for, so that it sees today's terminal. Wide when piped."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OFF_TERMINAL
+    return console
 
 
 def print_data(text: str) -> None:
@@ -166,11 +173,11 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any], width: int | None = None) -> None:
+def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> None:
     """The pairs as a table, worst first, to stdout."""
     from nc_audit.report.text import plain
 
-    console = Console(highlight=False, width=width) if width else out()
+    console = out()
     narrow = console.width < 100
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=not narrow)
     table.add_column("row", justify="right", no_wrap=True)

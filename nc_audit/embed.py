@@ -55,7 +55,9 @@ class EmbeddingStore:
         """Names of an encoder's shards, with their number of rows, sorted."""
         return {path.name: self._open(path).num_rows for path in self._shards(side, digest)}
 
-    def read(self, side: str, digest: str, ids: Sequence[str], dim: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    def read(
+        self, side: str, digest: str, ids: Sequence[str], dim: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         """What the shards of an encoder hold of some ids.
 
         Args:
@@ -83,14 +85,18 @@ class EmbeddingStore:
             start += len(batch)
             rows = np.flatnonzero(to >= 0)
             embedding, error = batch.column("embedding"), batch.column("error")
-            values = embedding.values.to_numpy(zero_copy_only=False)[embedding.offset * dim :][: len(batch) * dim]
+            values = embedding.values.to_numpy(zero_copy_only=False)[embedding.offset * dim :][
+                : len(batch) * dim
+            ]
             known[to[rows]] = True
             failed = error.is_valid().to_numpy(zero_copy_only=False)[rows]
             vectors[to[rows[~failed]]] = values.reshape(-1, dim)[rows[~failed]]
             failures |= {ids[to[row]]: error[int(row)].as_py() for row in rows[failed]}
         return vectors, known, failures
 
-    def write(self, side: str, digest: str, ids: Sequence[str], vectors: Tensor, errors: Sequence[str | None]) -> None:
+    def write(
+        self, side: str, digest: str, ids: Sequence[str], vectors: Tensor, errors: Sequence[str | None]
+    ) -> None:
         """Commit one shard.
 
         Args:
@@ -117,9 +123,15 @@ class EmbeddingStore:
         embedding = pa.FixedSizeListArray.from_arrays(
             pa.array(half.reshape(-1)), type=_vector_type(dim), mask=pa.array(failed)
         )
-        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": embedding, "error": pa.array(errors, pa.string())})
+        table = pa.table(
+            {"id": pa.array(ids, pa.string()), "embedding": embedding, "error": pa.array(errors, pa.string())}
+        )
         path = self.folder / f"{side}-{digest[:16]}-{digest_of(list(ids))[:16]}.arrow"
-        with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        with (
+            replacing(path) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as out,
+        ):
             out.write_table(table)
 
     def _shards(self, side: str, digest: str) -> list[Path]:
@@ -130,7 +142,9 @@ class EmbeddingStore:
         try:
             return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid as problem:
-            raise EncoderError(f"{path.name} is damaged", f"delete {path}; its rows are embedded again") from problem
+            raise EncoderError(
+                f"{path.name} is damaged", f"delete {path}; its rows are embedded again"
+            ) from problem
 
 
 def _vector_type(dim: int) -> pa.DataType:
@@ -175,7 +189,8 @@ def fit_images(
             progress(done, len(at))
     if not images:
         raise EncoderError(
-            f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from", "check the images"
+            f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from",
+            "check the images",
         )
     fitted = encoder.fit(torch.stack(images), fitted_on)
     with replacing(path) as partial:
@@ -183,7 +198,9 @@ def fit_images(
     return encoder.restore(load_file(path), fitted_on)
 
 
-def fit_captions(encoder: TextEncoder | TextLearner, caption_ids: Sequence[str], captions: Sequence[str]) -> TextEncoder:
+def fit_captions(
+    encoder: TextEncoder | TextLearner, caption_ids: Sequence[str], captions: Sequence[str]
+) -> TextEncoder:
     """The encoder itself when it is frozen; else what it learns from the captions (seconds, always the same).
 
     Args:
@@ -227,7 +244,9 @@ def embed_images(
         progress(done, len(image_ids))
     run = max(1, IMAGES_PER_SHARD // batch_size) * batch_size
     passing: dict[str, str] = {}
-    decoded = _ahead(_Decoding(read, encoder.preprocess, encoder.input_size), missing, num_workers, AHEAD * batch_size)
+    decoded = _ahead(
+        _Decoding(read, encoder.preprocess, encoder.input_size), missing, num_workers, AHEAD * batch_size
+    )
     for start in range(0, len(missing), run):
         rows = missing[start : start + run]
         vectors = torch.zeros(len(rows), encoder.dim)
@@ -253,7 +272,11 @@ def embed_images(
         kept = [place for place in range(len(rows)) if place not in unread]
         if kept:
             store.write(
-                "image", encoder.digest, [image_ids[rows[p]] for p in kept], vectors[kept], [errors[p] for p in kept]
+                "image",
+                encoder.digest,
+                [image_ids[rows[p]] for p in kept],
+                vectors[kept],
+                [errors[p] for p in kept],
             )
     embedded, _, failures = store.read("image", encoder.digest, image_ids, encoder.dim)
     return embedded, failures | passing
@@ -288,7 +311,9 @@ def embed_captions(
     for start in range(0, len(missing), run):
         rows = missing[start : start + run]
         vectors = _halving(encoder.encode, [captions[row] for row in rows])
-        store.write("caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows))
+        store.write(
+            "caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows)
+        )
         done += len(rows)
         if progress:
             progress(done, len(caption_ids))
@@ -336,7 +361,9 @@ def _halving(encode: Callable[..., Tensor], batch: Tensor | list[str]) -> Tensor
     try:
         return encode(batch)
     except (RuntimeError, MemoryError) as problem:
-        is_memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(problem)
+        is_memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(
+            problem
+        )
         if len(batch) == 1 or not is_memory:
             raise
         torch.cuda.empty_cache()

@@ -99,11 +99,12 @@ def score_dataset(
         raise RunError(f"{out} is a file", "give a folder with --out")
     if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
-    run = Run(out)
-    with run.locked():
+    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence())
+    audit.encoder_plan  # noqa: B018  a wrong encoder should be told before anything is written
+    with audit.run.locked():
         if (out / "run.json").exists():
-            run = Run.open(out)
-        audit = _Audit(run, dataset, recipe, recipe_names, device, precision, watch or Silence())
+            audit.run = Run.open(out)
+        run = audit.run
         if force:
             run.manifest["stages"] = {}
         return audit.run_all()
@@ -152,7 +153,6 @@ class _Audit:
     ) -> None:
         self.run, self.dataset, self.recipe, self.watch = run, dataset, recipe, watch
         self.recipe_names, self.device, self.precision = recipe_names, device, precision
-        self.is_resumed = bool(run.manifest["stages"])
 
     def run_all(self) -> dict[str, Any]:
         key = ""

@@ -139,9 +139,9 @@ def _reasons(
             reasons.append("the scores cannot tell given pairs from deliberate mismatches")
             continue
         if caption_rank[at] > 1:
-            reasons.append(f"{int(caption_rank[at]) - 1:,} other captions fit the image better")
+            reasons.append(_count(int(caption_rank[at]) - 1, "other caption", "the image"))
         if image_rank[at] > 1:
-            reasons.append(f"{int(image_rank[at]) - 1:,} other images fit the caption better")
+            reasons.append(_count(int(image_rank[at]) - 1, "other image", "the caption"))
         if better_caption is not None and caption_margin[at] > 0:
             reasons.append(f"better caption by {caption_margin[at]:.2f}: {better_caption}")
         if better_image is not None and image_margin[at] > 0:
@@ -163,3 +163,7 @@ def _reasons(
 
 def _texts(column: pa.ChunkedArray, at: np.ndarray) -> list[str | None]:
     return column.take(pa.array(at)).to_pylist()
+
+
+def _count(number: int, what: str, whom: str) -> str:
+    return f"{number:,} {what}s fit {whom} better" if number > 1 else f"1 {what} fits {whom} better"

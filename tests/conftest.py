@@ -104,3 +104,8 @@ def planted() -> Planted:
 @pytest.fixture(scope="session")
 def trained(planted: Planted) -> Trained:
     return train(planted.image_ID, planted.caption_CD, planted.pairs, QUICK, 300)
+
+
+@pytest.fixture(scope="session")
+def planted_without_noise() -> Planted:
+    return planted_set(rate=0.0)

