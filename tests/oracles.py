@@ -237,7 +237,9 @@ def noise_posterior(
     used = sorted(set(bin_of.values()))
     size = {b: sum(x == b for x in bin_of.values()) for b in used}
     is_swap = {b: sum(bin_of[i] == b for i in range(len(score), num)) for b in used}
-    fitted = dict(zip(used, isotonic([is_swap[b] / size[b] for b in used], [size[b] for b in used]), strict=True))
+    fitted = dict(
+        zip(used, isotonic([is_swap[b] / size[b] for b in used], [size[b] for b in used]), strict=True)
+    )
     result = []
     for i in range(num):
         h = min(fitted[bin_of[i]], 1 - 1e-9)
@@ -294,8 +296,12 @@ def match(
         columns["similarity"].append(own)
         columns["loss"].append(normaliser - scale * own)
         columns["energy"].append(-normaliser)
-        columns["image"].append(min(1.0, entropy_nats(over_captions) / math.log(max(2, len(candidate_captions)))))
-        columns["caption"].append(min(1.0, entropy_nats(over_images) / math.log(max(2, len(candidate_images)))))
+        columns["image"].append(
+            min(1.0, entropy_nats(over_captions) / math.log(max(2, len(candidate_captions))))
+        )
+        columns["caption"].append(
+            min(1.0, entropy_nats(over_images) / math.log(max(2, len(candidate_images))))
+        )
     return {name: np.array(values) for name, values in columns.items()}
 
 

@@ -50,7 +50,9 @@ def pair_indices(
     images, captions = draw(st.integers(2, max_images)), draw(st.integers(2, max_captions))
     found = draw(
         st.sets(
-            st.tuples(st.integers(0, images - 1), st.integers(0, captions - 1)), min_size=2, max_size=max_pairs
+            st.tuples(st.integers(0, images - 1), st.integers(0, captions - 1)),
+            min_size=2,
+            max_size=max_pairs,
         )
     )
     ordered = sorted(found)

@@ -16,7 +16,13 @@ from nc_audit.methods.matching import Pairs
 
 
 def mixture(
-    rate: float, seed: int, num_images: int = 400, per_image: int = 3, gap: float = 3.0, *, whole_images: bool = False
+    rate: float,
+    seed: int,
+    num_images: int = 400,
+    per_image: int = 3,
+    gap: float = 3.0,
+    *,
+    whole_images: bool = False,
 ) -> tuple[Evidence, torch.Tensor]:
     """Evidence of which `rate` is drawn like the swaps', and the image of each pair; nothing else."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +119,8 @@ def test_calibrated_probability_means_near_the_rate():
 
 
 @pytest.mark.parametrize(
-    ("rate", "whole", "expected"), [(0.3, True, True), (0.3, False, False), (0.02, True, False), (0.0, True, False)]
+    ("rate", "whole", "expected"),
+    [(0.3, True, True), (0.3, False, False), (0.02, True, False), (0.0, True, False)],
 )
 def test_whole_image_noise_is_noticed(rate, whole, expected):
     evidence, image = mixture(rate, 0, gap=4.0, whole_images=whole)

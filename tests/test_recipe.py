@@ -45,7 +45,9 @@ def test_without_layers_the_defaults_hold():
 
 
 def test_later_layers_win_key_by_key(tmp_path):
-    first = write(tmp_path, "first", "[train]\nsteps = 10\nlr = 0.5\nwidth = 8\n[image.options]\na = 1\nb = 2\n")
+    first = write(
+        tmp_path, "first", "[train]\nsteps = 10\nlr = 0.5\nwidth = 8\n[image.options]\na = 1\nb = 2\n"
+    )
     second = write(tmp_path, "second", "[train]\nsteps = 20\n[image.options]\nb = 3\n")
     recipe = build_recipe(
         [first, second],
@@ -92,11 +94,13 @@ def test_set_without_section_key_and_value_is_refused(text):
 
 def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path):
     path = write(
-        tmp_path, "bad", '[train]\nstep = 5\nlr = -1\nwidth = "wide"\n[scores]\nx = 1\n[export]\nreweigth = true\n'
+        tmp_path,
+        "bad",
+        '[train]\nstep = 5\nlr = -1\nwidth = "wide"\n[scores]\nx = 1\n[export]\nreweigth = true\n',
     )
     problem = problems_of(names=[path], overrides=["score.candidates=1"])
     expected = [
-        "train.width: input should be a valid integer, unable to parse string as an integer (got \"wide\")",
+        'train.width: input should be a valid integer, unable to parse string as an integer (got "wide")',
         "train.lr: input should be greater than 0 (got -1)",
         "unknown key train.step (did you mean steps?)",
         "score.candidates: input should be greater than or equal to 2 (got 1)",
@@ -229,7 +233,9 @@ def test_show_round_trips_through_toml(split, options, lr, dims, mean):
     assert again.digest() == recipe.digest()
 
 
-@pytest.mark.parametrize("text", ["del \x7f", "\U0001f6f0 satellite", "line\nbreak", "\x1b[31m", 'quote " back \\'])
+@pytest.mark.parametrize(
+    "text", ["del \x7f", "\U0001f6f0 satellite", "line\nbreak", "\x1b[31m", 'quote " back \\']
+)
 def test_show_escapes_what_toml_does_not_take_as_it_is(text):
     for image in ({"weights": text}, {"options": {text: 1}}):
         recipe = build_recipe(settings={"image": image})

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import strategies
 import torch
-from conftest import QUICK, Planted
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import QUICK, Planted
 
 from nc_audit.calibrate import HeldOut, combine_held_out
 from nc_audit.methods.known_swaps import swaps_auroc
@@ -14,6 +14,7 @@ from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
 from nc_audit.score import ask_neighbours, look_up, score_pairs
 from nc_audit.train import Trained, train
+
 
 def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
     """Random unit vectors in float32, as heads give them."""
@@ -69,7 +70,12 @@ def test_a_bounded_search_finds_candidates_only_and_ranks_among_them():
 
 def test_a_query_that_owns_everything_has_no_better_match():
     found = look_up(
-        unit_vectors(1, 3, 0), unit_vectors(2, 3, 1), torch.tensor([0, 0]), torch.tensor([0, 1]), 10, generator()
+        unit_vectors(1, 3, 0),
+        unit_vectors(2, 3, 1),
+        torch.tensor([0, 0]),
+        torch.tensor([0, 1]),
+        10,
+        generator(),
     )
     assert found.rank.tolist() == [1, 1]
     assert found.best.tolist() == [-1, -1]
@@ -104,7 +110,9 @@ def test_neighbours_do_not_hear_the_own_image_and_know_swaps():
 def test_without_one_trusted_pair_neighbours_say_nothing():
     pairs = Pairs(torch.arange(20), torch.arange(20), 20, 20)
     side = unit_vectors(20, 4, 0)
-    found = ask_neighbours(side, side, pairs, pairs.select(torch.arange(5)), torch.zeros(20), SETTINGS, generator())
+    found = ask_neighbours(
+        side, side, pairs, pairs.select(torch.arange(5)), torch.zeros(20), SETTINGS, generator()
+    )
     assert found.by_image.given_N.tolist() == [0.0] * 20
     assert found.by_caption.swaps_S.tolist() == [0.0] * 5
 
@@ -124,7 +132,9 @@ def held_out_of(trained: Trained, planted: Planted) -> HeldOut:
     )
 
 
-def scored(trained: Trained, planted: Planted, *, whole_images: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+def scored(
+    trained: Trained, planted: Planted, *, whole_images: bool = False, seed: int = 0
+) -> dict[str, torch.Tensor]:
     held_out = held_out_of(trained, planted)
     pairs, at = planted.pairs, trained.planted
     swaps = Pairs(pairs.image_N[at], trained.swap_caption_N[at], pairs.num_images, pairs.num_captions)
@@ -167,7 +177,9 @@ def test_ranks_best_matches_and_margins_are_in_range(columns, planted):
     assert columns["caption_rank"].max() <= pairs.num_captions
     assert columns["image_rank"].max() <= pairs.num_images
     clean = ~planted.is_noisy_N
-    assert columns["caption_rank"][clean].double().median() < columns["caption_rank"][~clean].double().median()
+    assert (
+        columns["caption_rank"][clean].double().median() < columns["caption_rank"][~clean].double().median()
+    )
     known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
     for i, best in zip(pairs.image_N.tolist(), columns["best_caption"].tolist(), strict=True):
         assert (i, best) not in known
@@ -190,13 +202,19 @@ def test_the_same_seed_scores_alike(columns, trained, planted):
 def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
     found, held_out = scored(trained, planted, whole_images=True), held_out_of(trained, planted)
     assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
-    assert torch.equal(found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True))
+    assert torch.equal(
+        found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True)
+    )
 
 
 @pytest.mark.slow
 def test_a_set_without_noise_is_left_alone(planted_without_noise):
     found = train(
-        planted_without_noise.image_ID, planted_without_noise.caption_CD, planted_without_noise.pairs, QUICK, 300
+        planted_without_noise.image_ID,
+        planted_without_noise.caption_CD,
+        planted_without_noise.pairs,
+        QUICK,
+        300,
     )
     probability = scored(found, planted_without_noise)["noise_probability"]
     assert (probability > 0.8).double().mean() < 0.05

@@ -26,7 +26,12 @@ ALSO = {
     "tag": set(),
     "dataset": set(),
     "report": set(),
-    "export": {"nc_audit.report", "nc_audit.report.text", "nc_audit.report.joined", "nc_audit.report.summary"},
+    "export": {
+        "nc_audit.report",
+        "nc_audit.report.text",
+        "nc_audit.report.joined",
+        "nc_audit.report.summary",
+    },
     "encoders": {"nc_audit.dataset", "nc_audit.dataset.images"},
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders"},
 }
@@ -137,13 +142,20 @@ def test_only_the_console_prints_and_only_the_command_line_knows_typer(path):
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     if part_of(path) not in MAY_BE_HEAVY:
-        heavy = {module for module, _, at_import in imports(path) if at_import and module.split(".")[0] in LAZY}
+        heavy = {
+            module for module, _, at_import in imports(path) if at_import and module.split(".")[0] in LAZY
+        }
         assert not heavy
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_nothing_is_pickled(path):
-    assert not {module.split(".")[0] for module, _, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "joblib"}
+    assert not {module.split(".")[0] for module, _, _ in imports(path)} & {
+        "pickle",
+        "cloudpickle",
+        "dill",
+        "joblib",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -154,7 +166,11 @@ def test_every_module_says_what_it_is_for(path):
 def imported_by(code: str) -> set[str]:
     """Top-level modules that are loaded after running some code in a fresh interpreter."""
     told = subprocess.run(
-        [sys.executable, "-c", f"import sys, json\n{code}\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys, json\n{code}\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -20,7 +20,9 @@ ORDER = {"clean": 0, "ambiguous": 1, "noisy": 2}
 borders = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 
 
-def tables(probability: np.ndarray, is_ok: np.ndarray | None = None, **columns: Any) -> tuple[pa.Table, pa.Table]:
+def tables(
+    probability: np.ndarray, is_ok: np.ndarray | None = None, **columns: Any
+) -> tuple[pa.Table, pa.Table]:
     """A `scores` and a `pairs` table of that many rows; `noise_score` is the probability unless given."""
     num = len(probability)
     is_ok = np.ones(num, bool) if is_ok is None else is_ok
@@ -53,9 +55,7 @@ def tables(probability: np.ndarray, is_ok: np.ndarray | None = None, **columns: 
         "status": ["ok" if ok else "missing_image" for ok in is_ok],
         "status_detail": [None if ok else "no file a.png" for ok in is_ok],
     }
-    pairs = pa.table(
-        [pa.array(pair_values.get(f.name, [None] * num), f.type) for f in PAIRS], schema=PAIRS
-    )
+    pairs = pa.table([pa.array(pair_values.get(f.name, [None] * num), f.type) for f in PAIRS], schema=PAIRS)
     return pa.table(score_columns, schema=SCORES), pairs
 
 
@@ -74,7 +74,11 @@ def test_every_ok_pair_has_exactly_one_tag_and_no_other_row_has_any(probability,
     assert found.schema.equals(TAGS)
     assert found["row"].to_pylist() == list(range(len(probability)))
     for ok, one, by, reasons in zip(
-        is_ok, found["tag"].to_pylist(), found["decided_by"].to_pylist(), found["reasons"].to_pylist(), strict=True
+        is_ok,
+        found["tag"].to_pylist(),
+        found["decided_by"].to_pylist(),
+        found["reasons"].to_pylist(),
+        strict=True,
     ):
         assert one in TAGS_KNOWN if ok else one is None
         assert by == ("model" if ok else None)
@@ -135,7 +139,9 @@ def test_a_budget_is_never_exceeded_and_takes_the_worst(score, share):
         assert chosen.sum() == num, "without a tie at the border the budget is spent"
 
 
-@pytest.mark.parametrize(("share", "num"), [(0.05, 5), (0.07, 7), (0.29, 29), (0.57, 57), (0.58, 58), (1.0, 100)])
+@pytest.mark.parametrize(
+    ("share", "num"), [(0.05, 5), (0.07, 7), (0.29, 29), (0.57, 57), (0.58, 58), (1.0, 100)]
+)
 def test_a_budget_without_ties_is_spent_to_the_pair(share, num):
     assert threshold_for_budget(np.arange(100.0), share).sum() == num
 
@@ -185,9 +191,9 @@ def test_precision_threshold_by_hand():
 def test_blind_evidence_makes_everything_ambiguous_and_says_so(probability):
     found = tag_scores(*tables(probability), Thresholds(0.2, 0.8), blind=True)
     assert set(found["tag"].to_pylist()) == {"ambiguous"}
-    assert found["reasons"].to_pylist() == [["the scores cannot tell given pairs from deliberate mismatches"]] * len(
-        probability
-    )
+    assert found["reasons"].to_pylist() == [
+        ["the scores cannot tell given pairs from deliberate mismatches"]
+    ] * len(probability)
 
 
 # --- reasons

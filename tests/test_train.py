@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import conftest
 import pytest
 import torch
-from conftest import QUICK, Planted, planted_set
+from planted import QUICK, Planted, planted_set
 
 from nc_audit.errors import DatasetError, TrainingError
 from nc_audit.methods.heads import Heads
@@ -122,9 +121,12 @@ def test_two_runs_are_equal_whatever_was_drawn_before(trained: Trained, planted)
 def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
     small = planted_set(40, 3)
     short = QUICK.model_copy(update={"steps": 6, "epochs": 2, "first_counted_epoch": 1})
-    copies = [t.clone() for t in (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N)]
+    copies = [
+        t.clone() for t in (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N)
+    ]
     results = [
-        train(small.image_ID, small.caption_CD, small.pairs, short.model_copy(update={"seed": s}), 50) for s in (0, 1)
+        train(small.image_ID, small.caption_CD, small.pairs, short.model_copy(update={"seed": s}), 50)
+        for s in (0, 1)
     ]
     for copy, now in zip(
         copies, (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N), strict=True
@@ -170,7 +172,8 @@ def test_the_pace_waits_then_grows_to_its_end():
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "batch", "expected"), [(60, 0, 15), (9_999, 0, 512), (10_000, 0, 1024), (9_999, 64, 64), (40, 999, 10)]
+    ("num_pairs", "batch", "expected"),
+    [(60, 0, 15), (9_999, 0, 512), (10_000, 0, 1024), (9_999, 64, 64), (40, 999, 10)],
 )
 def test_batches_fit_the_number_of_pairs(num_pairs, batch, expected):
     plan = Plan.of(num_pairs, TrainSection(batch=batch, steps=160, epochs=12))  # type: ignore[call-arg]
@@ -255,5 +258,5 @@ def test_the_smallest_set_trains(recwarn):
 
 
 def test_the_planted_set_has_the_noise_it_says():
-    drawn = conftest.planted_set(100, 3, 0.4)
+    drawn = planted_set(100, 3, 0.4)
     assert drawn.is_noisy_N.double().mean().item() == pytest.approx(0.4, abs=0.02)

@@ -26,4 +26,6 @@ def test_more_rows_than_one_chunk():
 
 @pytest.mark.parametrize(("log_scale", "expected"), [(-1.0, 1.0), (2.0, 7.389056), (9.0, 60.0)])
 def test_the_scale_keeps_its_bounds(log_scale, expected):
-    assert Heads(2, 2, log_scale=log_scale, max_scale=60.0).scale().item() == pytest.approx(expected, rel=1e-5)
+    assert Heads(2, 2, log_scale=log_scale, max_scale=60.0).scale().item() == pytest.approx(
+        expected, rel=1e-5
+    )

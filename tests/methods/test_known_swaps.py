@@ -133,7 +133,9 @@ def test_expected_auroc_is_near_the_one_that_labels_would_give(rate):
     score, swaps = mixture(rate, 1, gap=1.5)
     noisy = np.arange(len(score)) < rate * len(score)
     labelled = (
-        roc_auc_score(noisy, score) if rate else roc_auc_score([0] * 20_000 + [1] * 20_000, torch.cat([score, swaps]))
+        roc_auc_score(noisy, score)
+        if rate
+        else roc_auc_score([0] * 20_000 + [1] * 20_000, torch.cat([score, swaps]))
     )
     # The sampling error of the separation is divided by 1 - rate.
     assert expected_auroc(swaps_auroc(score, swaps), rate) == pytest.approx(labelled, abs=0.006 / (1 - rate))
@@ -148,7 +150,9 @@ def test_expected_auroc_is_no_number_where_all_is_noise():
 
 @given(strategies.scores(), strategies.scores(min_size=2))
 def test_rate_equals_the_oracle(score, swaps):
-    assert noise_rate(score, swaps) == pytest.approx(oracles.noise_rate(score.tolist(), swaps.tolist()), abs=1e-9)
+    assert noise_rate(score, swaps) == pytest.approx(
+        oracles.noise_rate(score.tolist(), swaps.tolist()), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
@@ -231,7 +235,11 @@ def test_posterior_follows_the_order_of_pairs(score, swaps, rate, seed):
 # --- whole images
 
 
-@given(st.lists(st.tuples(strategies.probabilities.map(lambda p: p[0]), st.integers(0, 5)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(strategies.probabilities.map(lambda p: p[0]), st.integers(0, 5)), min_size=1, max_size=30
+    )
+)
 def test_correlation_equals_the_oracle(rows):
     value, image = (list(side) for side in zip(*rows, strict=True))
     found = intra_image_correlation(torch.tensor(value, dtype=torch.float64), torch.tensor(image))

@@ -47,7 +47,12 @@ def test_every_image_with_every_caption_equals_the_oracle(indices, seed, num, sc
     candidates = Candidates.draw(pairs, num, generator(seed))
     asked = [(i, c) for i in range(pairs.num_images) for c in range(pairs.num_captions)]
     found = match(
-        image, caption, scale, candidates, torch.tensor([i for i, _ in asked]), torch.tensor([c for _, c in asked])
+        image,
+        caption,
+        scale,
+        candidates,
+        torch.tensor([i for i, _ in asked]),
+        torch.tensor([c for _, c in asked]),
     )
     expected = oracles.match(
         image.numpy(),
@@ -89,7 +94,9 @@ def test_a_pair_is_scored_alike_whether_or_not_its_own_match_is_a_candidate():
         found = match(image, caption, 10.0, candidates, asked, asked)
         others = [k for k in candidates.caption_M.tolist() if k != 0]
         logits = [10.0 * float(image[0] @ caption[k]) for k in [0, *others]]
-        images = [10.0 * float(image[k] @ caption[0]) for k in [0, *(k for k in candidates.image_M.tolist() if k)]]
+        images = [
+            10.0 * float(image[k] @ caption[0]) for k in [0, *(k for k in candidates.image_M.tolist() if k)]
+        ]
         expected = -(oracles.log_sum_exp(logits) + oracles.log_sum_exp(images)) / 2
         assert found.energy.item() == pytest.approx(expected, abs=1e-9)
         seen.add(len(others))
@@ -106,7 +113,13 @@ def test_more_queries_than_one_chunk_equal_one_matrix():
     asked = list(zip(pairs.image_N[at].tolist(), pairs.caption_N[at].tolist(), strict=True))
     known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
     expected = oracles.match(
-        image.numpy(), caption.numpy(), 20.0, known, candidates.caption_M.tolist(), candidates.image_M.tolist(), asked
+        image.numpy(),
+        caption.numpy(),
+        20.0,
+        known,
+        candidates.caption_M.tolist(),
+        candidates.image_M.tolist(),
+        asked,
     )
     compare(found, expected)
 

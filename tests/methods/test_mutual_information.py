@@ -66,7 +66,12 @@ def test_invertible_linear_maps_of_either_side_change_nothing():
     map_image, map_caption = (np.eye(6) + 0.4 * rng.normal(size=(6, 6)) for _ in range(2))
     plain = variation(image, caption, np.ones(100), 0.0, new_image, new_caption)
     mapped = variation(
-        image @ map_image, caption @ map_caption + 3, np.ones(100), 0.0, new_image @ map_image, new_caption @ map_caption + 3
+        image @ map_image,
+        caption @ map_caption + 3,
+        np.ones(100),
+        0.0,
+        new_image @ map_image,
+        new_caption @ map_caption + 3,
     )
     np.testing.assert_allclose(mapped, plain, atol=1e-6)
 

@@ -75,9 +75,9 @@ def test_borders_belong_to_the_noisier_side():
     ]
 
 
-def test_the_published_thresholds_are_27_and_98_percent_of_chance():
-    assert 5 / CHANCE == pytest.approx(0.271, abs=5e-4)
-    assert 18 / CHANCE == pytest.approx(0.977, abs=5e-4)
+@pytest.mark.parametrize(("nats", "share"), [(5, 0.271), (18, 0.977)])
+def test_the_published_thresholds_as_shares_of_chance(nats, share):
+    assert nats / CHANCE == pytest.approx(share, abs=5e-4)
 
 
 def test_the_published_jump_is_pinned():

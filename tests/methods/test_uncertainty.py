@@ -33,7 +33,9 @@ def test_candidates_left_out_do_not_count(logits, seed):
 def test_float32_stays_near_the_float64_oracle():
     logits = 20 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(energy(logits), oracles.energy(logits.double().numpy()), atol=1e-4)
-    np.testing.assert_allclose(match_entropy(logits), oracles.match_entropy(logits.double().numpy()), atol=1e-4)
+    np.testing.assert_allclose(
+        match_entropy(logits), oracles.match_entropy(logits.double().numpy()), atol=1e-4
+    )
 
 
 @given(st.integers(1, 4), st.integers(2, 9), st.floats(-20, 20))
@@ -66,7 +68,9 @@ def test_the_order_of_pairs_and_candidates_does_not_matter(logits, seed):
 
 @given(strategies.logits())
 def test_repeating_every_candidate_lowers_energy_by_ln_2(logits):
-    np.testing.assert_allclose(energy(torch.cat([logits, logits], 1)), energy(logits) - math.log(2), atol=1e-10)
+    np.testing.assert_allclose(
+        energy(torch.cat([logits, logits], 1)), energy(logits) - math.log(2), atol=1e-10
+    )
 
 
 @given(strategies.logits(square=True))
