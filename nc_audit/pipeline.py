@@ -453,7 +453,7 @@ class _Audit:
             self.recipe.train.seed,
         )
         with torch.inference_mode():
-            found = score_pairs(
+            rate, found = score_pairs(
                 *Model.load(folder / "heads.safetensors").embed(
                     self.embeddings.image, self.embeddings.caption
                 ),
@@ -488,7 +488,6 @@ class _Audit:
             for name in columns
         }
         table = _per_row(self.run.table("pairs"), self.folded, distinct)
-        rate = held_out.rate
         about = {
             "num_candidates": str(num_candidates),
             "logit_scale": str(facts["logit_scale"]),

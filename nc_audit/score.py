@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nc_audit.calibrate import HeldOut, calibrated
+from nc_audit.calibrate import HeldOut, NoiseRate, calibrated, noise_rate
 from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import neighbour_distance
@@ -156,8 +156,8 @@ def score_pairs(
     whole_images: bool,
     settings: ScoreSection,
     seed: int,
-) -> dict[str, Tensor]:
-    """Noise score, probability and everything looked up, per distinct pair.
+) -> tuple[NoiseRate, dict[str, Tensor]]:
+    """Noise rate; noise score, probability and everything looked up, per distinct pair.
 
     Args:
         image_ID: unit vectors of all images by the final heads, shape [I, D].
@@ -173,24 +173,25 @@ def score_pairs(
         seed: draws references and candidates.
 
     Returns:
-        Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
+        The noise rate; columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
     """
     generator = torch.Generator().manual_seed(seed)
     trust_N = 1 - held_out.posterior.given_N
     around = ask_neighbours(image_ID, caption_CD, pairs, planted, trust_N, settings, generator)
     if whole_images:
-        evidence, probability = held_out.evidence, held_out.posterior.given_N
+        evidence, rate = held_out.evidence, held_out.rate
     else:
         before = Evidence(held_out.evidence.given_N, planted_held_out_P)
         evidence = fused(before, final_loss, final_distance, around.by_image, around.by_caption)
-        probability = calibrated(evidence, held_out.rate).given_N
+        rate = noise_rate(evidence, pairs.image_N, planted.image_N, seed)
+    probability = calibrated(evidence, rate).given_N
     captions = look_up(
         image_ID, caption_CD, pairs.image_N, pairs.caption_N, settings.rank_candidates, generator
     )
     images = look_up(
         caption_CD, image_ID, pairs.caption_N, pairs.image_N, settings.rank_candidates, generator
     )
-    return {
+    return rate, {
         "noise_score": evidence.standardised().given_N,
         "noise_probability": probability,
         "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
