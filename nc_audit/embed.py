@@ -325,7 +325,8 @@ class _Decoding:
     """Position to preprocessed image, or to why there is none."""
 
     def __init__(self, read: Read, preprocess: Callable[..., Tensor], size: tuple[int, int]) -> None:
-        self.read, self.preprocess, self.size = read, preprocess, size
+        self.read, self.preprocess = read, preprocess
+        self.hint = (2 * size[1], 2 * size[0])  # width and height; twice, so that the encoder's own resizing decides
 
     def __call__(self, position: int) -> tuple[Tensor | None, Exception | None]:
         try:
@@ -335,7 +336,7 @@ class _Decoding:
         except DatasetError as problem:
             return None, OSError(problem.message)
         try:
-            return self.preprocess(decode_image(data, self.size)), None
+            return self.preprocess(decode_image(data, self.hint)), None
         except DatasetError as problem:
             return None, problem
 

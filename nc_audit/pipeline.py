@@ -454,9 +454,7 @@ class _Audit:
         )
         with torch.inference_mode():
             rate, found = score_pairs(
-                *Model.load(folder / "heads.safetensors").embed(
-                    self.embeddings.image, self.embeddings.caption
-                ),
+                *Model.load(folder / "heads.safetensors").embed(*self.inputs),
                 pairs,
                 Pairs(
                     pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions

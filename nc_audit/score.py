@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nc_audit.calibrate import HeldOut, NoiseRate, calibrated, noise_rate
+from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import neighbour_distance
@@ -172,9 +173,14 @@ def score_pairs(
         settings: the recipe's `score` section.
         seed: draws references and candidates.
 
+    Raises:
+        ShapeError: the vectors are not those of the pairs' images and captions.
+
     Returns:
         The noise rate; columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
     """
+    if (len(image_ID), len(caption_CD)) != (pairs.num_images, pairs.num_captions):
+        raise ShapeError("image and caption vectors", f"{pairs.num_images}, D; {pairs.num_captions}, D", image_ID.shape)
     generator = torch.Generator().manual_seed(seed)
     trust_N = 1 - held_out.posterior.given_N
     around = ask_neighbours(image_ID, caption_CD, pairs, planted, trust_N, settings, generator)

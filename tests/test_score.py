@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import strategies
 import torch
@@ -95,16 +96,26 @@ def test_equal_vectors_are_no_better_matches():
 # --- neighbours
 
 
-def test_neighbours_do_not_hear_the_own_image_and_know_swaps():
-    latent = unit_vectors(60, 6, 0)
-    pairs = Pairs(torch.arange(60), torch.arange(60), 60, 60)
-    planted = Pairs(torch.arange(60), torch.arange(60).roll(7), 60, 60)
-    settings = ScoreSection(neighbours=5, min_trust=0.0)  # type: ignore[call-arg]
-    found = ask_neighbours(latent, latent, pairs, planted, torch.ones(60), settings, generator())
-    for evidence in (found.by_image, found.by_caption):
-        assert swaps_auroc(evidence.given_N, evidence.swaps_S) > 0.9
-        # With the pair itself among the voters a perfect pair would be at nearly no distance.
-        assert evidence.given_N.min() > 0.01
+def test_neighbours_equal_the_oracle_without_the_own_image():
+    image, caption = unit_vectors(20, 5, 0), unit_vectors(60, 5, 1)
+    pairs = Pairs(torch.arange(60) // 3, torch.arange(60), 20, 60)
+    swaps = Pairs(torch.arange(60) // 3, torch.arange(60).roll(7), 20, 60)
+    trust = torch.rand(60, dtype=torch.float64, generator=generator())
+    settings = ScoreSection(neighbours=5, min_trust=0.4)  # type: ignore[call-arg]
+    found = ask_neighbours(image, caption, pairs, swaps, trust, settings, generator())
+    heard = trust >= 0.4
+    sides = image[pairs.image_N][heard].double().numpy(), caption[pairs.caption_N][heard].double().numpy()
+    for asked, by_image, by_caption in (
+        (pairs, found.by_image.given_N, found.by_caption.given_N),
+        (swaps, found.by_image.swaps_S, found.by_caption.swaps_S),
+    ):
+        query = image[asked.image_N].double().numpy(), caption[asked.caption_N].double().numpy()
+        own = (asked.image_N[:, None] == pairs.image_N[None, heard]).numpy()
+        for ours, this, other in ((by_image, 0, 1), (by_caption, 1, 0)):
+            expected = oracles.neighbour_distance(
+                query[this], query[other], sides[this], sides[other], trust[heard].numpy(), own, 5, 5.0
+            )
+            np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_without_one_trusted_pair_neighbours_say_nothing():

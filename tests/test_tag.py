@@ -182,6 +182,8 @@ def test_precision_threshold_by_hand():
     assert threshold_for_precision(probability, 0.8) == 0.5
     assert threshold_for_precision(probability, 0.0) == 0.1
     assert threshold_for_precision(np.array([0.2]), 0.9) > 1
+    # With only one of the two at .5 the precision would be .75.
+    assert threshold_for_precision(np.array([1.0, 0.5, 0.5]), 0.7) == 1.0
 
 
 # --- blind evidence

@@ -66,13 +66,36 @@ def test_swaps_are_no_given_pairs_and_planted_ones_are_distinct(trained: Trained
 def test_the_trajectory_holds_every_epoch_and_agrees_with_itself(trained: Trained, planted):
     folds, num = trained.folds, len(planted.pairs)
     assert folds.loss_EN.shape == folds.weight_EN.shape == folds.division_EN.shape == (QUICK.epochs, num)
-    assert ((folds.weight_EN >= 0) & (folds.weight_EN <= 1)).all()
     chance = torch.tensor(300.0).log()
     assert torch.equal(folds.division_EN, divide(folds.loss_EN / chance, QUICK.clean_at, QUICK.noisy_at))
     mean = folds.loss_EN[QUICK.first_counted_epoch - 1 :].mean(0)
     torch.testing.assert_close(folds.loss.given_N, mean, atol=1e-4, rtol=1e-4)
     assert torch.equal(folds.matches.loss, folds.loss.given_N)
     assert folds.scale > 1
+
+
+def test_training_weights_are_shares(trained: Trained):
+    assert ((trained.folds.weight_EN >= 0) & (trained.folds.weight_EN <= 1)).all()
+
+
+def test_a_pair_is_scored_by_heads_that_never_saw_it():
+    # The weights of fold 0 reach the heads of the other folds only: its own loss after one epoch does not move.
+    small = planted_set(60, 3)
+    num = len(small.pairs)
+    group, seed = torch.arange(num), 5
+    one_epoch = QUICK.model_copy(update={"steps": 12, "epochs": 1, "first_counted_epoch": 1, "batch": 40})
+    drawn = Candidates.draw(small.pairs, 60, torch.Generator().manual_seed(0))
+    in_fold_0 = assign_folds(group, one_epoch.folds, torch.Generator().manual_seed(seed)) == 0
+    results = []
+    for prior in (torch.ones(num), torch.where(in_fold_0, torch.rand(num), 1.0)):
+        image, caption = small.image_ID, small.caption_CD
+        found = train_folds(
+            image, caption, small.pairs, small.pairs.caption_N.roll(7), prior, group, drawn, one_epoch, seed
+        )
+        results.append((found.loss.given_N, found.loss.swaps_S))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[in_fold_0], other[in_fold_0])
+        assert not torch.isclose(one[~in_fold_0], other[~in_fold_0]).any()
 
 
 def test_known_swaps_score_like_planted_noise(trained: Trained, planted):
@@ -139,10 +162,22 @@ def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
 
 
 def test_whole_image_noise_is_noticed_and_folds_keep_images_together():
-    struck = planted_set(300, 3, 0.4, whole_images=True)
+    struck = planted_set(200, 3, 0.4, whole_images=True)
     found = train(struck.image_ID, struck.caption_CD, struck.pairs, QUICK, 200)
     assert found.whole_images is True
     assert auroc(found.folds.loss.given_N, struck) > 0.9
+    by_image = train_folds(
+        found.model.image_projection(struck.image_ID),
+        found.model.caption_projection(struck.caption_CD),
+        struck.pairs,
+        found.swap_caption_N,
+        found.folds.weight_EN[0],
+        struck.pairs.image_N,
+        found.candidates,
+        QUICK,
+        QUICK.seed,
+    )
+    torch.testing.assert_close(by_image.loss.given_N, found.folds.loss.given_N)
 
 
 @pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])

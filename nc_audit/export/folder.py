@@ -24,7 +24,7 @@ MADE_BY = "nc-audit export"
 def write_marker(folder: Path, **facts: Any) -> None:
     """Say that the folder is a finished export, and which files are its own; the last file to be written."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    document = {"made_by": MADE_BY, **facts, "files": [*names, MARKER]}
+    document = {"made_by": MADE_BY, **facts, "files": sorted([*names, MARKER])}
     (folder / MARKER).write_text(json.dumps(document, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
 
 

@@ -312,7 +312,7 @@ def to_markdown(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> str:
     """The summary as a short list and the rows as a table; every text is escaped, see `text.markdown_cell`."""
     lines = [f"# Audit of {markdown_cell(str(summary.get('dataset') or summary.get('run')))}", ""]
     lines += [f"- {line}" for line in _summary_lines(summary)]
-    lines += ["", f"## The {len(rows):,} pairs listed", ""]
+    lines += ["", f"## Pairs listed: {len(rows):,}", ""]
     lines += [_markdown_line(_MARKDOWN_COLUMNS), _markdown_line(["---"] * len(_MARKDOWN_COLUMNS))]
     for row in rows:
         probability = "" if row.noise_probability is None else f"{row.noise_probability:.3f}"

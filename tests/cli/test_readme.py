@@ -1,4 +1,4 @@
-"""The README's generated parts and its commands agree with the code. `python tests/cli/test_readme.py` rewrites them."""
+"""The README agrees with the code. `python tests/cli/test_readme.py` rewrites its generated parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def block(name: str) -> str:
 
 def rewritten(text: str) -> str:
     for name in TABLES:
-        text = re.sub(rf"<!-- columns: {name} -->\n.*?<!-- end -->", lambda _, n=name: block(n), text, flags=re.S)
+        text = re.sub(
+            rf"<!-- columns: {name} -->\n.*?<!-- end -->", lambda _, n=name: block(n), text, flags=re.S
+        )
     return text
 
 

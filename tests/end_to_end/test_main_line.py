@@ -1,0 +1,254 @@
+"""The main line through the real command: planted noise in, cleaned export out, on drawn data with no weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from nc_audit.run import file_digest
+
+QUICK = ["--encoder", "builtin", "--set", "train.steps=48", "--set", "train.epochs=6"]
+TABLES = ["pairs.parquet", "scores.parquet", "tags.parquet", "model/trajectory.parquet"]
+
+
+def nc(*args: str | Path, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nc_audit", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def rewrite(source: Path, target: Path, change: object) -> Path:
+    """A copy of a drawn set with its rows changed."""
+    shutil.copytree(source, target)
+    with (source / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    with (target / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *change(rows)])  # type: ignore[operator]
+    return target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("main_line")
+    nc("demo", "drawn", "--images", "160", "--noise", "0.3", cwd=place)
+    nc("score", "drawn", *QUICK, cwd=place)
+    return place
+
+
+def joined(run: Path) -> dict[str, np.ndarray]:
+    pairs, scores, tags = (pq.read_table(run / f"{name}.parquet") for name in ("pairs", "scores", "tags"))
+    assert (
+        pairs["row"].to_pylist()
+        == scores["row"].to_pylist()
+        == tags["row"].to_pylist()
+        == list(range(len(pairs)))
+    )
+    table = {
+        name: pairs[name].to_pylist() for name in ("pair_id", "image", "caption", "status", "known_noise")
+    }
+    table |= {
+        name: scores[name].to_pylist() for name in ("noise_score", "noise_probability", "loss", "energy")
+    }
+    return {name: np.array(values, dtype=object) for name, values in table.items()} | {
+        "tag": np.array(tags["tag"].to_pylist(), dtype=object)
+    }
+
+
+def test_planted_noise_is_found_and_calibrated(place: Path) -> None:
+    table = joined(place / "runs/drawn")
+    ok = table["status"] == "ok"
+    truth = table["known_noise"][ok].astype(bool)
+    probability = table["noise_probability"][ok].astype(float)
+    assert roc_auc_score(truth, table["noise_score"][ok].astype(float)) > 0.95
+    assert abs(probability.mean() - truth.mean()) < 0.08
+    assert truth[table["tag"][ok] == "noisy"].mean() > 0.9
+
+
+def test_broken_rows_keep_their_place_with_a_status_and_no_score(place: Path) -> None:
+    table = joined(place / "runs/drawn")
+    broken = table["status"] != "ok"
+    assert sorted(table["status"][broken]) == ["corrupt_image", "empty_caption", "missing_image"]
+    assert all(value is None for value in table["noise_score"][broken])
+    assert all(value is None for value in table["tag"][broken])
+
+
+def test_the_three_lines_reconcile(place: Path) -> None:
+    reported = nc("report", "--top", "200", cwd=place).stdout
+    assert len(reported.splitlines()) > 150
+    nc("export", "--drop", "noisy", cwd=place)
+    table = joined(place / "runs/drawn")
+    kept = int(np.isin(table["tag"], ["clean", "ambiguous"]).sum())
+    exported = sum(
+        pq.read_metadata(path).num_rows for path in (place / "runs/drawn/export").rglob("*.parquet")
+    )
+    with (place / "runs/drawn/export/dropped.csv").open(newline="", encoding="utf-8") as file:
+        dropped = len(list(csv.reader(file))) - 1
+    assert (exported, dropped) == (kept, len(table["tag"]) - kept)
+
+
+def test_every_json_output_is_one_document(place: Path) -> None:
+    for args in (["report", "--json"], ["runs", "--json"], ["tag", "--json"]):
+        json.loads(nc(*args, cwd=place).stdout)
+
+
+def test_a_finished_run_is_left_alone(place: Path) -> None:
+    before = {name: (place / "runs/drawn" / name).stat().st_mtime_ns for name in TABLES}
+    nc("score", "drawn", *QUICK, cwd=place)
+    assert before == {name: (place / "runs/drawn" / name).stat().st_mtime_ns for name in TABLES}
+
+
+def test_tagging_anew_needs_no_scoring_and_scoring_brings_the_recipe_back(place: Path) -> None:
+    run = place / "runs/drawn"
+    scores, tags = file_digest(run / "scores.parquet"), file_digest(run / "tags.parquet")
+    nc("tag", "--budget", "5%", cwd=place)
+    assert (joined(run)["tag"] == "noisy").sum() <= 0.05 * len(joined(run)["tag"])
+    nc("score", "drawn", *QUICK, cwd=place)
+    assert (file_digest(run / "scores.parquet"), file_digest(run / "tags.parquet")) == (scores, tags)
+
+
+def test_shuffled_and_duplicated_rows_score_the_same(place: Path) -> None:
+    def change(rows: list[list[str]]) -> list[list[str]]:
+        more = rows + rows[::7]
+        random.Random(1).shuffle(more)
+        return more
+
+    rewrite(place / "drawn", place / "shuffled", change)
+    nc("score", "shuffled", *QUICK, cwd=place)
+    one, two = joined(place / "runs/drawn"), joined(place / "runs/shuffled")
+    before = dict(
+        zip(
+            one["pair_id"],
+            zip(one["noise_score"], one["noise_probability"], one["loss"], strict=True),
+            strict=True,
+        )
+    )
+    assert len(two["pair_id"]) > len(one["pair_id"])
+    for pair_id, *values in zip(
+        two["pair_id"], two["noise_score"], two["noise_probability"], two["loss"], strict=True
+    ):
+        assert (
+            values == [None] * 3
+            if before[pair_id][0] is None
+            else np.allclose(values, before[pair_id], atol=1e-5)
+        )
+
+
+def test_a_second_process_is_refused(place: Path) -> None:
+    import fcntl
+
+    with (place / "runs/drawn/.lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = nc("score", "drawn", *QUICK, cwd=place, ok=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-2].startswith("error: runs/drawn is in use by ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "fix"),
+    [
+        (
+            ["score", "nothere"],
+            "error: nothere does not exist",
+            "fix: name a folder or a file with captions and images",
+        ),
+        (
+            ["score", "drawn", "--encoder", "tfdif"],
+            "error: unknown encoder 'tfdif'",
+            "fix: did you mean tfidf?",
+        ),
+        (
+            ["score", "drawn", "--set", "train.setps=3"],
+            "error: the recipe has 1 problem: unknown key train.setps (did you mean steps?)",
+            "fix: nc-audit recipes show self_paced lists every key",
+        ),
+        (
+            ["score", "drawn", "--recipe", "nope.toml"],
+            "error: recipe nope.toml is not a file",
+            "fix: nc-audit recipes lists those that come with the tool",
+        ),
+        (
+            ["report", "--run", "nothere"],
+            "error: nothere is not a run: it has no run.json",
+            "fix: nc-audit score DATASET makes one; nc-audit runs lists them",
+        ),
+        (["export", "--drop", "nosy"], "error: drop: there is no tag 'nosy'", "fix: did you mean noisy?"),
+        (["score", "drawn", "--device", "tpu"], "error: unknown device 'tpu'", "fix: known: auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(
+    place: Path, args: list[str], message: str, fix: str
+) -> None:
+    failed = nc(*args, cwd=place, ok=False)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines() == [message, fix]
+    assert failed.stdout == ""
+
+
+def test_too_few_pairs_are_refused_with_their_number(place: Path) -> None:
+    rewrite(place / "drawn", place / "few", lambda rows: rows[:3])
+    failed = nc("score", "few", *QUICK, cwd=place, ok=False)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-2:] == [
+        "error: 3 distinct pairs of 1 images and 3 captions are too few to audit",
+        "fix: give at least 40 pairs with 10 different images and captions",
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(place: Path) -> None:
+    command = [sys.executable, "-m", "nc_audit", "score", "drawn", *QUICK, "--out", "killed"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    start = time.monotonic()
+    nc("score", "drawn", *QUICK, "--out", "whole", cwd=place)
+    whole = time.monotonic() - start
+    for share in (0.2, 0.4, 0.6, 0.8):
+        process = subprocess.Popen(
+            command,
+            cwd=place,
+            env=env,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(share * whole)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    nc("score", "drawn", *QUICK, "--out", "killed", cwd=place)
+    assert {n: file_digest(place / "killed" / n) for n in TABLES} == {
+        n: file_digest(place / "whole" / n) for n in TABLES
+    }
+
+
+@pytest.mark.slow
+def test_an_open_clip_checkpoint_runs_the_same_path(place: Path) -> None:
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32", pretrained=None).state_dict(), place / "b32.pt")
+    nc("score", "drawn", "--encoder", "open_clip:ViT-B-32@b32.pt", *QUICK[2:], "--out", "clip", cwd=place)
+    assert (joined(place / "clip")["status"] == "ok").sum() == (
+        joined(place / "runs/drawn")["status"] == "ok"
+    ).sum()
