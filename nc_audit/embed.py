@@ -178,7 +178,7 @@ def fit_images(
     fitted_on = digest_of(list(image_ids))
     path = store.folder / f"fitted-{encoder.digest_for(fitted_on)[:16]}.safetensors"
     if path.is_file():
-        return encoder.restore(load_file(path), fitted_on)
+        return encoder.encoder(load_file(path), fitted_on)
     at = encoder.sample(len(image_ids))
     images: list[Tensor] = []
     work = _Decoding(read, encoder.preprocess, encoder.input_size)
@@ -192,10 +192,10 @@ def fit_images(
             f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from",
             "check the images",
         )
-    fitted = encoder.fit(torch.stack(images), fitted_on)
+    learnt = encoder.learn(torch.stack(images))
     with replacing(path) as partial:
-        save_file(encoder.tensors(fitted), partial)
-    return encoder.restore(load_file(path), fitted_on)
+        save_file({name: tensor.contiguous() for name, tensor in learnt.items()}, partial)
+    return encoder.encoder(load_file(path), fitted_on)
 
 
 def fit_captions(
@@ -326,7 +326,10 @@ class _Decoding:
 
     def __init__(self, read: Read, preprocess: Callable[..., Tensor], size: tuple[int, int]) -> None:
         self.read, self.preprocess = read, preprocess
-        self.hint = (2 * size[1], 2 * size[0])  # width and height; twice, so that the encoder's own resizing decides
+        self.hint = (
+            2 * size[1],
+            2 * size[0],
+        )  # width and height; twice, so that the encoder's own resizing decides
 
     def __call__(self, position: int) -> tuple[Tensor | None, Exception | None]:
         try:

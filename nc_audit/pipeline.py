@@ -543,7 +543,6 @@ def retag(
     if target_precision is not None:
         scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
         high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
-        high = min(high, np.nextafter(1.0, 2.0)) if high > 1 else high
         low = min(low, high)
     with run.locked():
         files, facts = _write_tags(run, Thresholds(low, high), budget)
@@ -560,7 +559,11 @@ def _write_tags(
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
     tags = tag_scores(run.table("scores"), run.table("pairs"), thresholds, blind=blind, budget=budget)
     run.write_table("tags", tags)
-    stated = {"clean_at": thresholds.clean_at, "noisy_at": thresholds.noisy_at, "budget": budget}
+    stated = {
+        "clean_at": thresholds.clean_at,
+        "noisy_at": thresholds.noisy_at if np.isfinite(thresholds.noisy_at) else None,
+        "budget": budget,
+    }
     return {"tags.parquet": len(tags)}, {"thresholds": stated}
 
 

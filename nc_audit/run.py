@@ -89,7 +89,13 @@ class Run:
             raise RunError(
                 f"{manifest} is not readable: {problem}", "score the dataset again with --force"
             ) from problem
-        if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
+        stages = run.manifest.get("stages") if isinstance(run.manifest, dict) else None
+        files = run.manifest.get("files") if isinstance(run.manifest, dict) else None
+        if (
+            not isinstance(stages, dict)
+            or not isinstance(files, dict)
+            or run.manifest.get("format") != FORMAT
+        ):
             raise RunError(
                 f"{manifest} has another format than {FORMAT}", "use the version of nc-audit that wrote it"
             )

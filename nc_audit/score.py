@@ -134,8 +134,10 @@ def look_up(
         at = order[low:high]
         asking, own = query_N[at] - start, other_N[at]
         cosine = part @ candidates_MD.T
-        own_cosine = (part[asking] * other_OD[own]).sum(1)
         known = position[own] >= 0
+        # The own match from the very product its rivals come from, so that equal vectors tie exactly.
+        own_cosine = (part[asking] * other_OD[own]).sum(1)
+        own_cosine[known] = cosine[asking[known], position[own[known]]]
         cosine[asking[known], position[own[known]]] = float("-inf")
         top, top_at = cosine.max(1)
         best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
@@ -177,10 +179,13 @@ def score_pairs(
         ShapeError: the vectors are not those of the pairs' images and captions.
 
     Returns:
-        The noise rate; columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
+        The noise rate; columns of `scores` by name, each of shape [N]; `best_caption` and `best_image`
+        as indices, -1 for none.
     """
     if (len(image_ID), len(caption_CD)) != (pairs.num_images, pairs.num_captions):
-        raise ShapeError("image and caption vectors", f"{pairs.num_images}, D; {pairs.num_captions}, D", image_ID.shape)
+        raise ShapeError(
+            "image and caption vectors", f"{pairs.num_images}, D; {pairs.num_captions}, D", image_ID.shape
+        )
     generator = torch.Generator().manual_seed(seed)
     trust_N = 1 - held_out.posterior.given_N
     around = ask_neighbours(image_ID, caption_CD, pairs, planted, trust_N, settings, generator)

@@ -20,13 +20,16 @@ _GENERIC_ENTROPY = 0.9
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Clean up to `clean_at`, noisy from `noisy_at`, both noise probabilities, 0..1; ambiguous between."""
+    """Clean up to `clean_at`, noisy from `noisy_at`, both noise probabilities, 0..1; ambiguous between.
+
+    An infinite `noisy_at` tags nothing noisy.
+    """
 
     clean_at: float
     noisy_at: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clean_at <= self.noisy_at <= 1:
+        if not (0 <= self.clean_at <= self.noisy_at <= 1 or (self.clean_at <= 1 and self.noisy_at == np.inf)):
             raise RecipeError(
                 f"thresholds clean_at {self.clean_at:g} and noisy_at {self.noisy_at:g} are not in order",
                 "0 <= clean_at <= noisy_at <= 1",
@@ -41,7 +44,7 @@ def threshold_for_precision(probability: np.ndarray, precision: float) -> float:
         precision: wanted share, 0..1, by the probabilities themselves.
 
     Returns:
-        A probability; above 1 (nextafter) where no threshold reaches the precision, so that nothing is noisy.
+        A probability; infinite where no threshold reaches the precision, so that nothing is noisy.
     """
     ordered = np.sort(probability)[::-1]
     expected = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
@@ -61,7 +64,7 @@ def threshold_for_budget(score: np.ndarray, share: float) -> np.ndarray:
     Returns:
         Shape [N], bool; at most `share` of the pairs.
     """
-    num = int(share * len(score))
+    num = int(share * len(score) + 1e-9)
     if num == 0:
         return np.zeros(len(score), bool)
     ordered = np.sort(score)[::-1]

@@ -126,7 +126,7 @@ def _variation_rounds(
                 given[part] = dependence.variation(image, caption_CK[pairs.caption_N[part]])
                 swaps[part] = dependence.variation(image, caption_CK[swap_caption_S[part]])
         evidence = Evidence(-given, -swaps)
-        weight_N = 1 - evidence.posterior(evidence.rate()).given_N + 0.001
+        weight_N = (1 - evidence.posterior(evidence.rate()).given_N).clamp_min(MIN_WEIGHT)
     return evidence, -evidence.given_N
 
 
@@ -482,12 +482,12 @@ def train(
     seed = settings.seed
     generator = torch.Generator().manual_seed(seed)
     swap_N = known_swaps.draw_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
-    _check_swaps(swap_N)
+    _check_swaps(swap_N, pairs)
     first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
     whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
     if whole_images:
         swap_N = known_swaps.draw_image_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
-        _check_swaps(swap_N)
+        _check_swaps(swap_N, pairs)
         first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
     image_projection = principal_projection(image_ID, settings.components, whitening=0.5)
     caption_projection = (
@@ -503,7 +503,7 @@ def train(
         caption_inputs,
         pairs,
         swap_N,
-        1 - first.posterior_N + MIN_WEIGHT,
+        (1 - first.posterior_N).clamp_min(MIN_WEIGHT),
         group_N,
         candidates,
         settings,
@@ -520,8 +520,8 @@ def train(
         caption_inputs,
         pairs,
         Pairs(pairs.image_N[planted], swap_N[planted], pairs.num_images, pairs.num_captions),
-        1 - held_out.posterior.given_N + MIN_WEIGHT,
-        1 - held_out.posterior.swaps_S[planted] + MIN_WEIGHT,
+        (1 - held_out.posterior.given_N).clamp_min(MIN_WEIGHT),
+        (1 - held_out.posterior.swaps_S[planted]).clamp_min(MIN_WEIGHT),
         candidates,
         settings,
         seed + 100,
@@ -545,9 +545,11 @@ def check_enough(pairs: Pairs) -> None:
         )
 
 
-def _check_swaps(swap_N: Tensor) -> None:
-    if (swap_N < 0).any():
+def _check_swaps(swap_N: Tensor, pairs: Pairs) -> None:
+    num = len(pairs.image_N[swap_N < 0].unique())
+    if num:
+        who = "1 image carries" if num == 1 else f"{num:,} images carry"
         raise DatasetError(
-            f"{int((swap_N < 0).sum()):,} images carry nearly every caption of the set, so none can be mismatched",
+            f"{who} nearly every caption of the set, so none can be mismatched",
             "audit a set in which images have captions of their own",
         )

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fix", action="store_true", help="format and mend what can be mended, then check")
     parser.add_argument("--all", action="store_true", help="the slow tests too")
     parser.add_argument(
-        "--coverage", action="store_true", help="measure branch coverage; about a third slower"
+        "--coverage", action="store_true", help="measure branch coverage; takes about twice as long"
     )
     options, further = parser.parse_known_args(arguments)
     if options.coverage and importlib.util.find_spec("pytest_cov") is None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import QUICK, Planted
 
-from nc_audit.calibrate import HeldOut, combine_held_out
+from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
+from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
@@ -101,21 +102,36 @@ def test_neighbours_equal_the_oracle_without_the_own_image():
     pairs = Pairs(torch.arange(60) // 3, torch.arange(60), 20, 60)
     swaps = Pairs(torch.arange(60) // 3, torch.arange(60).roll(7), 20, 60)
     trust = torch.rand(60, dtype=torch.float64, generator=generator())
-    settings = ScoreSection(neighbours=5, min_trust=0.4)  # type: ignore[call-arg]
+    # Six voters are two images with all their captions: a border within an image would be a tie.
+    settings = ScoreSection(neighbours=6, min_trust=0.0)  # type: ignore[call-arg]
     found = ask_neighbours(image, caption, pairs, swaps, trust, settings, generator())
-    heard = trust >= 0.4
-    sides = image[pairs.image_N][heard].double().numpy(), caption[pairs.caption_N][heard].double().numpy()
+    sides = image[pairs.image_N].double().numpy(), caption[pairs.caption_N].double().numpy()
     for asked, by_image, by_caption in (
         (pairs, found.by_image.given_N, found.by_caption.given_N),
         (swaps, found.by_image.swaps_S, found.by_caption.swaps_S),
     ):
         query = image[asked.image_N].double().numpy(), caption[asked.caption_N].double().numpy()
-        own = (asked.image_N[:, None] == pairs.image_N[None, heard]).numpy()
+        own = (asked.image_N[:, None] == pairs.image_N[None, :]).numpy()
         for ours, this, other in ((by_image, 0, 1), (by_caption, 1, 0)):
             expected = oracles.neighbour_distance(
-                query[this], query[other], sides[this], sides[other], trust[heard].numpy(), own, 5, 5.0
+                query[this], query[other], sides[this], sides[other], trust.numpy(), own, 6, 5.0
             )
             np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_pairs_below_the_least_trust_are_not_heard():
+    image, caption = unit_vectors(30, 5, 0), unit_vectors(30, 5, 1)
+    pairs = Pairs(torch.arange(30), torch.arange(30), 30, 30)
+    trust = torch.where(torch.arange(30) < 15, 0.29, 0.9)
+    settings = ScoreSection(neighbours=30, min_trust=0.3)  # type: ignore[call-arg]
+    heard = ask_neighbours(image, caption, pairs, pairs, trust, settings, generator()).by_image.given_N
+    silent = torch.where(torch.arange(30) < 15, 0.0, 0.9)
+    expected = ask_neighbours(image, caption, pairs, pairs, silent, settings, generator()).by_image.given_N
+    assert torch.equal(heard, expected)
+    loud = settings.model_copy(update={"min_trust": 0.0})
+    assert not torch.isclose(
+        heard, ask_neighbours(image, caption, pairs, pairs, trust, loud, generator()).by_image.given_N
+    ).all()
 
 
 def test_without_one_trusted_pair_neighbours_say_nothing():
@@ -129,6 +145,26 @@ def test_without_one_trusted_pair_neighbours_say_nothing():
 
 
 # --- the whole
+
+
+def test_vectors_of_other_pairs_are_refused(trained, planted):
+    pairs, held_out = planted.pairs, held_out_of(trained, planted)
+    image, caption = unit_vectors(399, 8, 0), unit_vectors(1200, 8, 1)
+    with pytest.raises(ShapeError) as caught:
+        score_pairs(
+            image,
+            caption,
+            pairs,
+            pairs.select(trained.planted),
+            held_out,
+            held_out.evidence.swaps_S[trained.planted],
+            trained.final.loss,
+            trained.final.distance,
+            False,
+            SETTINGS,
+            0,
+        )
+    assert str(caught.value) == "image and caption vectors must have shape [400, D; 1200, D], got [399, 8]"
 
 
 def held_out_of(trained: Trained, planted: Planted) -> HeldOut:
@@ -145,7 +181,7 @@ def held_out_of(trained: Trained, planted: Planted) -> HeldOut:
 
 def scored(
     trained: Trained, planted: Planted, *, whole_images: bool = False, seed: int = 0
-) -> dict[str, torch.Tensor]:
+) -> tuple[NoiseRate, dict[str, torch.Tensor]]:
     held_out = held_out_of(trained, planted)
     pairs, at = planted.pairs, trained.planted
     swaps = Pairs(pairs.image_N[at], trained.swap_caption_N[at], pairs.num_images, pairs.num_captions)
@@ -165,9 +201,21 @@ def scored(
 
 
 @pytest.fixture(scope="module")
-def columns(trained: Trained, planted: Planted) -> dict[str, torch.Tensor]:
-    """Scores of the planted set."""
+def found(trained: Trained, planted: Planted) -> tuple[NoiseRate, dict[str, torch.Tensor]]:
+    """Rate and scores of the planted set."""
     return scored(trained, planted)
+
+
+@pytest.fixture(scope="module")
+def columns(found: tuple[NoiseRate, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Scores of the planted set."""
+    return found[1]
+
+
+def test_the_rate_is_near_the_truth(found, planted):
+    rate, truth = found[0], planted.is_noisy_N.double().mean().item()
+    assert rate.estimate == pytest.approx(truth, abs=0.05)
+    assert not rate.is_weak
 
 
 def test_scores_and_probabilities_find_planted_noise(columns, planted):
@@ -206,12 +254,13 @@ def test_a_better_image_is_often_the_true_one(columns, planted):
 
 
 def test_the_same_seed_scores_alike(columns, trained, planted):
-    for name, values in scored(trained, planted).items():
+    for name, values in scored(trained, planted)[1].items():
         assert torch.equal(values, columns[name]), name
 
 
 def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
-    found, held_out = scored(trained, planted, whole_images=True), held_out_of(trained, planted)
+    (rate, found), held_out = scored(trained, planted, whole_images=True), held_out_of(trained, planted)
+    assert rate == held_out.rate
     assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
     assert torch.equal(
         found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True)
@@ -227,5 +276,7 @@ def test_a_set_without_noise_is_left_alone(planted_without_noise):
         QUICK,
         300,
     )
-    probability = scored(found, planted_without_noise)["noise_probability"]
+    rate, columns = scored(found, planted_without_noise)
+    probability = columns["noise_probability"]
+    assert rate.estimate < 0.05
     assert (probability > 0.8).double().mean() < 0.05

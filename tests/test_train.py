@@ -68,6 +68,9 @@ def test_the_trajectory_holds_every_epoch_and_agrees_with_itself(trained: Traine
     assert folds.loss_EN.shape == folds.weight_EN.shape == folds.division_EN.shape == (QUICK.epochs, num)
     chance = torch.tensor(300.0).log()
     assert torch.equal(folds.division_EN, divide(folds.loss_EN / chance, QUICK.clean_at, QUICK.noisy_at))
+    for epoch in range(1, QUICK.epochs):
+        paced = folds.weight_EN[0] * pace(folds.loss_EN[epoch - 1] / chance, epoch, QUICK)
+        torch.testing.assert_close(folds.weight_EN[epoch], paced)
     mean = folds.loss_EN[QUICK.first_counted_epoch - 1 :].mean(0)
     torch.testing.assert_close(folds.loss.given_N, mean, atol=1e-4, rtol=1e-4)
     assert torch.equal(folds.matches.loss, folds.loss.given_N)

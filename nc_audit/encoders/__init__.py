@@ -2,9 +2,9 @@
 
 How a caller goes about it, cheap steps first:
 
-    plan = plan_encoders("auto", device="auto", precision="auto")    # decides, loads no weights; plan.notes says what and why
-    encoders = load_encoders(plan)                                   # reads or fetches weights; learns nothing yet
-    image_encoder = embed.fit_images(encoders.image, ...)            # only learns where the encoder learns from the data
+    plan = plan_encoders("auto")         # decides, loads no weights; plan.notes says what, why and at what cost
+    encoders = load_encoders(plan)       # reads or fetches weights; learns nothing yet
+    image_encoder = embed.fit_images(encoders.image, ...)      # where it learns from the data; else as it is
     text_encoder = embed.fit_captions(encoders.text, ...)
     embed.embed_images(image_encoder, ...), embed.embed_captions(text_encoder, ...)
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AUTO = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-AUTO_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it, without waiting for its import
+AUTO_REPOSITORY = (
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it, without waiting for its import
+)
 AUTO_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf")
@@ -84,19 +86,15 @@ class ImageLearner(Protocol):
         ...
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """One RGB image as a tensor [3, H, W], as `fit` wants it."""
+        """One RGB image as a tensor [3, H, W], as `learn` wants it."""
         ...
 
-    def fit(self, images: Tensor, fitted_on: str) -> ImageEncoder:
-        """The encoder learnt from images [N, 3, H, W]."""
+    def learn(self, images: Tensor) -> dict[str, Tensor]:
+        """What the encoder will consist of, learnt from preprocessed images [N, 3, H, W]."""
         ...
 
-    def tensors(self, encoder: ImageEncoder) -> dict[str, Tensor]:
-        """What a fitted encoder consists of."""
-        ...
-
-    def restore(self, tensors: dict[str, Tensor], fitted_on: str) -> ImageEncoder:
-        """The encoder that consists of these tensors."""
+    def encoder(self, learnt: dict[str, Tensor], fitted_on: str) -> ImageEncoder:
+        """The encoder that consists of what was learnt."""
         ...
 
 
@@ -202,9 +200,13 @@ def plan_encoders(
         image, text = _two_sides(encoder, image_encoder, text_encoder, notes)
     for path, option in ((image_weights, "--image-weights"), (text_weights, "--text-weights")):
         if path is not None and not path.is_file():
-            raise EncoderError(f"{option}: there is no file {path}", "give the path of a safetensors or torch file")
+            raise EncoderError(
+                f"{option}: there is no file {path}", "give the path of a safetensors or torch file"
+            )
     if image_weights is not None and image == "patches":
-        raise EncoderError("patches learns from the dataset and takes no --image-weights", "give --image-encoder")
+        raise EncoderError(
+            "patches learns from the dataset and takes no --image-weights", "give --image-encoder"
+        )
     if text_weights is not None and text == "tfidf":
         raise EncoderError("tfidf learns from the dataset and takes no --text-weights", "give --text-encoder")
     _check(image, image_weights, "image")
@@ -232,10 +234,14 @@ def _both_sides(encoder: str, notes: list[str]) -> tuple[str, str]:
     if encoder.startswith("open_clip:"):
         return encoder, encoder
     if encoder.startswith("timm:") or encoder == "patches":
-        raise EncoderError(f"{encoder} encodes images only", f"--image-encoder {encoder} --text-encoder tfidf")
+        raise EncoderError(
+            f"{encoder} encodes images only", f"--image-encoder {encoder} --text-encoder tfidf"
+        )
     if encoder == "tfidf":
         raise EncoderError("tfidf encodes captions only", "--image-encoder patches --text-encoder tfidf")
-    raise EncoderError(f"unknown encoder {encoder!r}", nearest(encoder, sorted({*PAIR_SPECS, *IMAGE_SPECS, *TEXT_SPECS})))
+    raise EncoderError(
+        f"unknown encoder {encoder!r}", nearest(encoder, sorted({*PAIR_SPECS, *IMAGE_SPECS, *TEXT_SPECS}))
+    )
 
 
 def _two_sides(encoder: str, image: str | None, text: str | None, notes: list[str]) -> tuple[str, str]:
@@ -277,7 +283,9 @@ BUILTIN_COST = ""
 def _check(spec: str, file: Path | None, side: str) -> None:
     known = IMAGE_SPECS if side == "image" else TEXT_SPECS
     if spec in ("auto", "builtin"):
-        raise EncoderError(f"{spec} chooses both sides at once", f"give --encoder {spec} and no --{side}-encoder")
+        raise EncoderError(
+            f"{spec} chooses both sides at once", f"give --encoder {spec} and no --{side}-encoder"
+        )
     if spec == AUTO:
         return
     if spec.startswith("open_clip:"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -57,7 +58,9 @@ def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
     home = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "")
     repository, _, name = home.rpartition("/")
     if not repository:
-        raise EncoderError(f"the weights {tag} of {model} are not on the hub", f"give a file: open_clip:{model}@FILE")
+        raise EncoderError(
+            f"the weights {tag} of {model} are not on the hub", f"give a file: open_clip:{model}@FILE"
+        )
     return repository, (name,) if name else HUB_NAMES
 
 
@@ -108,16 +111,19 @@ class OpenClipModel:
         if kind == "hub":
             config = hub_file(name, (HUB_CONFIG,), spec)
             path = file or hub_file(name, HUB_NAMES, spec)
-            model_name, preprocess, quick_gelu = f"local-dir:{config.parent}", {}, False
+            model_name, pretrained, preprocess, quick_gelu = f"local-dir:{config.parent}", None, {}, False
         elif kind == "tag":
             model_name, _, tag = name.partition("/")
             path = file or hub_file(*hub_home(model_name, tag), spec)
+            pretrained = str(path)
             trained = open_clip.get_pretrained_cfg(model_name, tag)
-            preprocess = {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in trained}
+            preprocess = {
+                key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in trained
+            }
             quick_gelu = bool(trained.get("quick_gelu", False))
         else:
             assert file is not None
-            model_name, path, preprocess, quick_gelu = name, file, {}, False
+            model_name, path, pretrained, preprocess, quick_gelu = name, file, str(file), {}, False
         if path.suffix not in (".safetensors", ".npz"):
             read_weights(path)  # refuses what is unsafe or no weights file, with a clear error
         options = plan.image_options
@@ -127,18 +133,21 @@ class OpenClipModel:
                 warnings.simplefilter("ignore")  # open_clip's own, about defaults that are chosen here
                 self.model = open_clip.create_model(
                     model_name,
-                    load_weights=False,
+                    pretrained,
                     force_quick_gelu=quick_gelu,
                     force_image_size=options.size,
                     force_preprocess_cfg=preprocess,
                     pretrained_text=False,
                     **options.options,
                 )
-                open_clip.load_checkpoint(self.model, str(path))
+                if kind == "hub" and file is not None:
+                    open_clip.load_checkpoint(self.model, str(file))
                 self.tokenizer = open_clip.get_tokenizer(model_name)
         except Exception as problem:
             first = (str(problem).splitlines() or [type(problem).__name__])[0]
-            raise EncoderError(f"{path.name} does not make {spec}: {first}", "check model name and weights") from problem
+            raise EncoderError(
+                f"{path.name} does not make {spec}: {first}", "check model name and weights"
+            ) from problem
         self.model.eval().requires_grad_(False)
         self.tensors = self.model.state_dict()
         self.model.to(self.device)
@@ -163,10 +172,17 @@ class OpenClipImages:
         self.model = owner.model
         config = dict(self.model.visual.preprocess_cfg)
         size = config["size"]
-        self.input_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.input_size: tuple[int, int] = (
+            (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        )
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.preprocess_pixels = pixel_steps(open_clip.image_transform_v2(open_clip.PreprocessCfg(**config), False))
-        facts = {"side": "image", "precision": self.precision, "preprocess": config, "model": _shape_of(self.model)}
+        self.preprocess_pixels = pixel_steps(image_transform_v2(PreprocessCfg(**config), is_train=False))
+        facts = {
+            "side": "image",
+            "precision": self.precision,
+            "preprocess": config,
+            "model": _shape_of(self.model),
+        }
         facts["options"] = owner.image_options.options
         visual = {name: tensor for name, tensor in owner.tensors.items() if name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, visual)
@@ -194,7 +210,12 @@ class OpenClipCaptions:
         self.tower = getattr(self.model, "text", self.model)
         self.can_cut = _is_causal(self.model, self.tower)
         self.context = int(getattr(self.tokenizer, "context_length", None) or self.model.context_length)
-        facts = {"side": "text", "precision": self.precision, "context": self.context, "model": _shape_of(self.model)}
+        facts = {
+            "side": "text",
+            "precision": self.precision,
+            "context": self.context,
+            "model": _shape_of(self.model),
+        }
         text = {name: tensor for name, tensor in owner.tensors.items() if not name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, text)
         self.dim = self.encode(["a"]).shape[1]
@@ -206,7 +227,9 @@ class OpenClipCaptions:
             return torch.zeros(0, self.dim)
         tokens = self.tokenizer(list(captions))
         if not self.can_cut:
-            return torch.cat([self._embed(part) for part in tokens.split(TOKENS_AT_ONCE // tokens.shape[1] or 1)])
+            return torch.cat(
+                [self._embed(part) for part in tokens.split(TOKENS_AT_ONCE // tokens.shape[1] or 1)]
+            )
         lengths = tokens.argmax(1) + 1  # the end-of-text token has the highest number
         order = lengths.argsort(stable=True)
         vectors: Tensor | None = None

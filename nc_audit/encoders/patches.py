@@ -50,7 +50,7 @@ class Block:
         size: side of the image, px, at this scale.
         cell: side of the cells that are averaged, px.
         cells: side of a descriptor, cells.
-        stride: step between descriptors, cells.
+        stride: step between descriptors, cells; the grid must end at the far border, so that it survives mirroring.
         dims: D.
         components: K.
     """
@@ -72,7 +72,7 @@ class Block:
 BLOCKS = (
     Block("gradient", 128, 4, 4, 2, 64, 64),
     Block("gradient", 64, 4, 4, 1, 64, 64),
-    Block("detail", 64, 1, 6, 3, 48, 64),
+    Block("detail", 66, 1, 6, 3, 48, 64),
     Block("colour", 128, 4, 4, 2, 40, 64),
     Block("colour", 64, 4, 4, 1, 32, 64),
 )
@@ -104,38 +104,31 @@ class Patches:
         return _pixels(image)
 
     @torch.inference_mode()
-    def fit(self, images: Tensor, fitted_on: str) -> PatchEncoder:
-        """The encoder learnt from bytes [N, 3, 128, 128]; any N from 1."""
+    def learn(self, images: Tensor) -> dict[str, Tensor]:
+        """What the encoder will consist of, learnt from bytes [N, 3, 128, 128]; any N from 1."""
         generator = torch.Generator().manual_seed(self.seed)
-        tensors: dict[str, Tensor] = {}
+        learnt: dict[str, Tensor] = {}
         for block in BLOCKS:
-            tensors |= _fit_block(block, images, generator)
-        encoder = PatchEncoder(self.digest_for(fitted_on), tensors)
-        parts = [encoder.blocks(part) for part in images.split(BATCH)]
-        scales, products = [], torch.zeros(len(images), len(images), dtype=torch.float64)
-        means = []
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        for position, column in enumerate(columns):
-            means.append(column.mean(0))
-            column -= means[-1]
-            share = LAYOUT_SHARE if position == len(BLOCKS) else 1.0
-            scales.append(math.sqrt(share) / column.square().sum(1).mean().sqrt().clamp_min(1e-6).item())
-            column *= scales[-1]
-            products += (column @ column.T).double()
-        variance, vectors = _leading(products, generator)
-        back = (vectors / variance.sqrt()).float()
-        axes = torch.cat([scale * (column.T @ back) for scale, column in zip(scales, columns, strict=True)])
-        tensors["mean"] = torch.cat(means)
-        tensors["axes"] = axes
-        return PatchEncoder(self.digest_for(fitted_on), tensors)
+            learnt |= _fit_block(block, images, generator)
+        parts = [_all_blocks(part, learnt) for part in images.split(BATCH)]
+        means, columns, scales = [], [], []
+        products = torch.zeros(len(images), len(images), dtype=torch.float64)
+        for position, of_batches in enumerate(zip(*parts, strict=True)):
+            vectors = torch.cat(of_batches)
+            means.append(vectors.mean(0))
+            vectors -= means[-1]
+            spread = vectors.square().sum(1).mean().sqrt().clamp_min(1e-6).item()
+            scales.append(math.sqrt(LAYOUT_SHARE if position == len(BLOCKS) else 1.0) / spread)
+            columns.append(vectors.mul_(scales[-1]))
+            products += (vectors @ vectors.T).double()
+        variance, leading = _leading(products, generator)
+        back = (leading / variance.sqrt()).float()
+        axes = [scale * (vectors.T @ back) for scale, vectors in zip(scales, columns, strict=True)]
+        return learnt | {"mean": torch.cat(means), "axes": torch.cat(axes)}
 
-    def tensors(self, encoder: PatchEncoder) -> dict[str, Tensor]:
-        """What a fitted encoder consists of."""
-        return {name: tensor.contiguous() for name, tensor in encoder.state.items()}
-
-    def restore(self, tensors: dict[str, Tensor], fitted_on: str) -> PatchEncoder:
-        """The encoder that consists of these tensors."""
-        return PatchEncoder(self.digest_for(fitted_on), tensors)
+    def encoder(self, learnt: dict[str, Tensor], fitted_on: str) -> PatchEncoder:
+        """The encoder that consists of what was learnt."""
+        return PatchEncoder(self.digest_for(fitted_on), learnt)
 
 
 class PatchEncoder:
@@ -144,10 +137,10 @@ class PatchEncoder:
     spec = "patches"
     input_size = (SIZE, SIZE)
 
-    def __init__(self, digest: str, state: dict[str, Tensor]) -> None:
+    def __init__(self, digest: str, learnt: dict[str, Tensor]) -> None:
         self.digest = digest
-        self.state = state
-        self.dim = state["axes"].shape[1] if "axes" in state else 0
+        self.learnt = learnt
+        self.dim = learnt["axes"].shape[1]
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image, the whole of it, as bytes [3, 128, 128]."""
@@ -156,21 +149,21 @@ class PatchEncoder:
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Bytes [B, 3, 128, 128] to unit vectors [B, D], float32."""
-        rows = [
-            (torch.cat(self.blocks(part), 1) - self.state["mean"]) @ self.state["axes"] for part in batch.split(BATCH)
-        ]
+        mean, axes = self.learnt["mean"], self.learnt["axes"]
+        rows = [(torch.cat(_all_blocks(part, self.learnt), 1) - mean) @ axes for part in batch.split(BATCH)]
         return functional.normalize(torch.cat(rows), dim=1)
 
-    def blocks(self, batch: Tensor) -> list[Tensor]:
-        """Fisher vectors of every block, then the layout: a list of [B, ...], each row of unit norm."""
-        pixels = batch.float() / 255
-        state = self.state
-        parts = []
-        for block in BLOCKS:
-            mixture = [state[f"{block.name}.{part}"] for part in ("project", "offset", "mean", "variance", "prior")]
-            parts.append(_fisher(_descriptors(block, pixels), *mixture))
-        parts.append(_layout(pixels))
-        return parts
+
+def _all_blocks(batch: Tensor, learnt: dict[str, Tensor]) -> list[Tensor]:
+    """Fisher vectors of every block, then the layout: a list of [B, ...], each row of unit norm."""
+    pixels = batch.float() / 255
+    parts = []
+    for block in BLOCKS:
+        mixture = [
+            learnt[f"{block.name}.{part}"] for part in ("project", "offset", "mean", "variance", "prior")
+        ]
+        parts.append(_fisher(_descriptors(block, pixels), *mixture))
+    return [*parts, _layout(pixels)]
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -182,7 +175,9 @@ def _pixels(image: Image.Image) -> Tensor:
 def _resized(pixels: Tensor, size: int) -> Tensor:
     if pixels.shape[-1] == size:
         return pixels
-    return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return functional.interpolate(
+        pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def _opponent(pixels: Tensor) -> Tensor:
@@ -239,11 +234,11 @@ def _turned(block: Block) -> Tensor:
 
 def _fit_block(block: Block, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Whitening and mixture of one block, learnt from descriptors drawn from all images."""
-    each = max(8, math.ceil(NUM_DESCRIPTORS / len(images)))
+    wanted = max(8, math.ceil(NUM_DESCRIPTORS / len(images)))
     drawn = []
     for part in images.split(BATCH):
         found = _descriptors(block, part.float() / 255)
-        at = torch.randint(found.shape[1], (len(found), each), generator=generator)
+        at = torch.randint(found.shape[1], (len(found), min(wanted, found.shape[1])), generator=generator)
         drawn.append(found.gather(1, at[:, :, None].expand(-1, -1, found.shape[2])).flatten(0, 1))
     found = torch.cat(drawn)
     turned = _turned(block)
@@ -342,6 +337,6 @@ def _layout(pixels: Tensor) -> Tensor:
     half = _resized(pixels, SIZE // 2)
     colour = functional.avg_pool2d(_opponent(half), side).flatten(1)
     edges = functional.avg_pool2d(_orientations(half), side).flatten(1).sqrt()
-    return torch.cat([functional.normalize(colour, dim=1), functional.normalize(edges, dim=1)], 1) / math.sqrt(2)
-
-
+    return torch.cat(
+        [functional.normalize(colour, dim=1), functional.normalize(edges, dim=1)], 1
+    ) / math.sqrt(2)

@@ -1,7 +1,7 @@
 """Captions as weighted word and character n-grams, reduced: fitted on the dataset's own captions, nothing fetched.
 
-Words and word pairs carry most; n-grams of characters inside words join spellings ("tree", "trees") and carry
-scripts that do not put spaces between words.
+Words and word pairs carry most; n-grams of characters inside words join spellings ("tree", "trees"). In scripts that
+put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character counts as a word.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ NUM_TERMS = 1 << 16  # per kind of n-gram, the most frequent ones
 NUM_FITTED = 100_000  # captions that vocabulary and reduction are learnt from
 CHARACTER_WEIGHT = 0.5
 CHUNK = 50_000
+SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = rf"[{SPACELESS}]|[^\W{SPACELESS}]+"
 MIN_LENGTH = 1e-6
 
 
@@ -36,7 +41,9 @@ class Tfidf:
     def digest_for(self, fitted_on: str) -> str:
         """Digest of the encoder fitted on the captions whose set has the digest `fitted_on`."""
         settings = [DIMS, NUM_TERMS, NUM_FITTED, CHARACTER_WEIGHT]
-        return digest_of_encoder({"spec": self.spec, "settings": settings, "seed": self.seed, "on": fitted_on}, {})
+        return digest_of_encoder(
+            {"spec": self.spec, "settings": settings, "seed": self.seed, "on": fitted_on}, {}
+        )
 
     def fit(self, captions: Sequence[str], fitted_on: str) -> TfidfEncoder:
         """The encoder learnt from the distinct captions, in canonical order; at least one."""
@@ -44,10 +51,12 @@ class Tfidf:
         chosen = [captions[i] for i in at]
         vectorizers = []
         for weight, options in (
-            (1.0, {"token_pattern": r"(?u)\b\w+\b", "ngram_range": (1, 2)}),
+            (1.0, {"token_pattern": WORD, "ngram_range": (1, 2)}),
             (CHARACTER_WEIGHT, {"analyzer": "char_wb", "ngram_range": (3, 5)}),
         ):
-            vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=NUM_TERMS, dtype=np.float32, **options)
+            vectorizer = TfidfVectorizer(
+                sublinear_tf=True, max_features=NUM_TERMS, dtype=np.float32, **options
+            )
             try:
                 vectorizer.fit(chosen)
             except ValueError:  # no caption holds a word
@@ -57,7 +66,9 @@ class Tfidf:
         axes = np.eye(1, dtype=np.float32)
         if min(terms.shape):
             _, _, axes = randomized_svd(terms, min(DIMS, *terms.shape), n_iter=3, random_state=self.seed)
-        return TfidfEncoder(self.digest_for(fitted_on), vectorizers, np.ascontiguousarray(axes.T, dtype=np.float32))
+        return TfidfEncoder(
+            self.digest_for(fitted_on), vectorizers, np.ascontiguousarray(axes.T, dtype=np.float32)
+        )
 
 
 class TfidfEncoder:
@@ -65,7 +76,9 @@ class TfidfEncoder:
 
     spec = "tfidf"
 
-    def __init__(self, digest: str, vectorizers: list[tuple[float, TfidfVectorizer]], axes_TD: np.ndarray) -> None:
+    def __init__(
+        self, digest: str, vectorizers: list[tuple[float, TfidfVectorizer]], axes_TD: np.ndarray
+    ) -> None:
         self.digest = digest
         self.vectorizers = vectorizers
         self.axes_TD = axes_TD
@@ -79,7 +92,9 @@ class TfidfEncoder:
             if terms.shape[1]:
                 vectors[start : start + CHUNK] = terms @ self.axes_TD
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return torch.from_numpy(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > MIN_LENGTH))
+        return torch.from_numpy(
+            np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > MIN_LENGTH)
+        )
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Never: captions of any length are read whole."""

@@ -34,7 +34,9 @@ def check_spec(spec: str) -> None:
     model = spec.removeprefix("timm:")
     if not timm.is_model(model):
         known = nearest(model.split(".")[0], timm.list_models())
-        raise EncoderError(f"timm has no model {model!r}", known if known.startswith("did") else "see timm.list_models()")
+        raise EncoderError(
+            f"timm has no model {model!r}", known if known.startswith("did") else "see timm.list_models()"
+        )
 
 
 class TimmImageEncoder:
@@ -54,7 +56,9 @@ class TimmImageEncoder:
         if path is None:
             repository = model.pretrained_cfg.get("hf_hub_id")
             if not repository:
-                raise EncoderError(f"timm publishes no weights for {name}", "give them with --image-weights FILE")
+                raise EncoderError(
+                    f"timm publishes no weights for {name}", "give them with --image-weights FILE"
+                )
             file_name = model.pretrained_cfg.get("hf_hub_filename")
             path = hub_file(repository, (file_name,) if file_name else HUB_NAMES, self.spec)
         model = _filled(model, read_weights(path), name, chosen.options, path.name)
@@ -68,7 +72,12 @@ class TimmImageEncoder:
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
         self.dim = int(model.num_features)
         self.preprocess_pixels = pixel_steps(timm.data.create_transform(**config, is_training=False))
-        facts = {"spec": self.spec, "options": chosen.options, "precision": self.precision, "preprocess": config}
+        facts = {
+            "spec": self.spec,
+            "options": chosen.options,
+            "precision": self.precision,
+            "preprocess": config,
+        }
         self.digest = digest_of_encoder(facts, model.state_dict())
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
 
@@ -94,12 +103,16 @@ def _build(name: str, options: dict[str, Any], **more: Any) -> Any:
         ) from problem
 
 
-def _filled(model: Any, tensors: dict[str, Tensor], name: str, options: dict[str, Any], file_name: str) -> Any:
+def _filled(
+    model: Any, tensors: dict[str, Tensor], name: str, options: dict[str, Any], file_name: str
+) -> Any:
     """The model with these weights, nothing missing; the classifier's own may be left over.
 
     Weights in another naming than the model's go through timm's conversion, classifier included, which is strict.
     """
-    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    own = {
+        key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
     misfits = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
     if not misfits:
         model.load_state_dict({key: tensors[key] for key in own}, strict=False)

@@ -49,12 +49,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path.name} is a pickle that holds more than tensors, and reading it could run code",
                 "convert it to safetensors where you trust it",
             ) from problem
-        raise EncoderError(f"{path.name} is not a weights file: {first}", "give a safetensors or torch file") from problem
+        raise EncoderError(
+            f"{path.name} is not a weights file: {first}", "give a safetensors or torch file"
+        ) from problem
     for key in NESTED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    tensors = (
+        {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    )
     if not tensors:
         raise EncoderError(f"{path.name} holds no tensors by name", "give a safetensors or torch state dict")
     for wrapper in WRAPPERS:
@@ -69,7 +73,8 @@ def digest_of_encoder(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]
 
 
@@ -133,7 +138,8 @@ def hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
         except Exception as problem:
             problems.append((str(problem).splitlines() or [type(problem).__name__])[0])
     raise EncoderError(
-        f"the weights of {spec} cannot be fetched: {problems[-1]}", f"tried {', '.join(names)} of {repository}"
+        f"the weights of {spec} cannot be fetched: {problems[-1]}",
+        f"tried {', '.join(names)} of {repository}",
     )
 
 
@@ -205,5 +211,7 @@ def normalised(batch: Tensor, mean: Sequence[float], std: Sequence[float], devic
     """Bytes [B, 3, H, W] to normalised float32 on the device, channels last (faster for convolutions)."""
     moved = batch.to(device).float().div_(255)
     shape = (1, len(mean), 1, 1)
-    moved.sub_(torch.tensor(mean, device=device).view(shape)).div_(torch.tensor(std, device=device).view(shape))
+    moved.sub_(torch.tensor(mean, device=device).view(shape)).div_(
+        torch.tensor(std, device=device).view(shape)
+    )
     return moved.contiguous(memory_format=torch.channels_last)

@@ -172,7 +172,6 @@ class _Reader:
     def read(self, image_id: str, uri: str) -> bytes:
         """The bytes of an image; equal ids mean equal bytes."""
         if image_id in self.held:
-            self.held.move_to_end(image_id)
             return self.held[image_id]
         data = self.read_image(uri)
         self.held[image_id] = data
@@ -224,9 +223,18 @@ def _write_csv(path: Path, table: pa.Table, names: Sequence[str]) -> None:
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(names)
-        for batch in table.select(list(names)).to_batches(max_chunksize=1 << 16):
+        for batch in _short_floats(table.select(list(names))).to_batches(max_chunksize=1 << 16):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in values])
+
+
+def _short_floats(table: pa.Table) -> pa.Table:
+    """The table with float32 as the shortest decimal that means the same: 0.2, not 0.20000000298."""
+    for place, column in enumerate(table.schema):
+        if column.type == pa.float32():
+            short = table[column.name].cast(pa.string()).cast(pa.float64())
+            table = table.set_column(place, column.name, short)
+    return table
 
 
 def _name_of(path: object) -> str:

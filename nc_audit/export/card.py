@@ -78,7 +78,7 @@ def card(facts: CardFacts) -> str:
     rate = noise_rate_text(facts.noise_rate)
     lines.append(f"- estimated noise rate before the export: {rate or 'not stated by the run'}")
     if facts.num_rematched:
-        lines.append(f"- {facts.num_rematched:,} captions were replaced, each listed in `rematched.csv`")
+        lines.append(f"- captions replaced: {facts.num_rematched:,}, each listed in `rematched.csv`")
     lines += ["", "## What was dropped", ""]
     lines += _counts("reason", facts.dropped, {}) if facts.dropped else ["Nothing."]
     if facts.dropped:
@@ -90,15 +90,19 @@ def card(facts: CardFacts) -> str:
     lines += ["", "## Splits", ""]
     lines += _counts("split", facts.splits, {})
     lines += ["", "## Columns", "", "| column | meaning |", "| --- | --- |"]
-    lines += [
-        f"| `{name}` | {_OWN_MEANINGS.get(name) or _PAIR_MEANINGS.get(name, '')} |" for name in facts.columns
-    ]
+    lines += [f"| `{name}` | {_meaning(name, facts.columns)} |" for name in facts.columns]
     lines += [
         "",
         "A tag is a statement about a pair, made by a model that was trained on this very dataset; it is not a proof.",
         "Terms of use are those of the original dataset.",
     ]
     return "\n".join([*head, *lines]) + "\n"
+
+
+def _meaning(name: str, columns: Sequence[str]) -> str:
+    if name == "caption" and "original_caption" in columns:
+        return "the caption, re-matched where `original_caption` is given, else as the dataset gives it"
+    return _OWN_MEANINGS.get(name) or _PAIR_MEANINGS[name]
 
 
 def _counts(name: str, counts: Mapping[str, int], meanings: Mapping[str, str]) -> list[str]:

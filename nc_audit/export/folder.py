@@ -53,7 +53,7 @@ def check_place(out: Path, *, overwrite: bool, keep: Sequence[Path]) -> None:
     foreign = _foreign_files(out)
     if foreign and not overwrite:
         raise DatasetError(
-            f"{out} is not empty: {len(foreign):,} files there are not of an earlier export, such as {foreign[0]!r}",
+            f"{out} holds files that are not of an earlier export: {len(foreign):,}, such as {foreign[0]!r}",
             "give another --out, or --overwrite to delete all that is there",
         )
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from nc_audit.export.plan import Written
 
 # The hub's viewer wants row groups of at most 100 MB and shards of at most 500 MB; images are counted uncompressed.
-ROW_GROUP_BYTES = 64 << 20
+ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 4096
 SHARD_BYTES = 450_000_000
 

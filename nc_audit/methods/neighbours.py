@@ -41,7 +41,7 @@ def neighbour_distance(
     """
     cosine_BR = (query_BD @ reference_query_RD.T).masked_fill(excluded_BR, float("-inf"))
     nearest, at = cosine_BR.topk(min(num_neighbours, cosine_BR.shape[1]), dim=1)
-    votes = torch.exp(sharpness * (nearest - 1)) * trust_R[at]
+    votes = torch.where(nearest.isfinite(), torch.exp(sharpness * (nearest - 1)), 0.0) * trust_R[at]
     distance = 1 - torch.einsum("bd,bkd->bk", other_BD, reference_other_RD[at])
     total = votes.sum(1)
     voted = (votes * distance).sum(1) / total.clamp_min(torch.finfo(votes.dtype).tiny)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +254,7 @@ def _flat(row: ReportRow) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     """The value without NaN and infinities, at any depth: null in their place."""
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
@@ -263,13 +264,14 @@ def _finite(value: Any) -> Any:
 
 
 def to_json(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> str:
-    """One JSON document: `run`, `summary` (the rest of it) and `pairs`, one object per row.
+    """One JSON document: `run`, `summary` (the rest of it) and `pairs`, one object per row and line.
 
     Lossless, with null where there is no value; unseen characters are JSON escapes, so that printing it is safe.
     """
     facts = {key: value for key, value in summary.items() if key != "run"}
-    document = {"run": summary.get("run"), "summary": facts, "pairs": [_flat(row) for row in rows]}
-    return json_text(_finite(document)) + "\n"
+    head = json_text(_finite({"run": summary.get("run"), "summary": facts})).removesuffix("\n}")
+    lines = ",".join("\n    " + json_text(_finite(_flat(row)), indent=None) for row in rows)
+    return f'{head},\n  "pairs": [{lines}\n  ]\n}}\n'
 
 
 def to_csv(rows: Sequence[ReportRow]) -> str:

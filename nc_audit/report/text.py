@@ -75,19 +75,20 @@ def markdown_cell(text: str) -> str:
     return re.sub(r"(?i)\bwww\.", lambda match: match.group()[:-1] + "\\.", escaped.replace("://", "\\://"))
 
 
-def json_text(value: Any) -> str:
+def json_text(value: Any, *, indent: int | None = 2) -> str:
     """A JSON document, lossless and safe to print: unseen characters are JSON escapes, readable ones stay.
 
     Args:
         value: what `json` can write, without NaN or infinities.
+        indent: blanks per level; None for one line.
 
     Raises:
         ValueError: a number is not finite.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    # The line breaks between values are json's own; those inside strings are escaped already.
-    return "\n".join(_UNSEEN.sub(_json_escape, line) for line in text.split("\n"))
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return _UNSEEN.sub(_json_escape, text)
 
 
 def _json_escape(match: re.Match[str]) -> str:
-    return json.dumps(match.group())[1:-1]
+    # A line break can only be json's own, between values; those inside strings are escaped already.
+    return "\n" if match.group() == "\n" else json.dumps(match.group())[1:-1]

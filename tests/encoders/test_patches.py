@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from nc_audit.encoders import patches
-from nc_audit.encoders.patches import BLOCKS, SIZE, Patches
+from nc_audit.encoders.patches import BLOCKS, SIZE, PatchEncoder, Patches
 
 
 def _texture(kind: int, seed: int) -> np.ndarray:
@@ -30,45 +30,51 @@ def _images(each: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.arange(4 * each) % 4
 
 
+def _fitted(images: Tensor) -> PatchEncoder:
+    learner = Patches(0)
+    return learner.encoder(learner.learn(images), "set")
+
+
 @pytest.fixture(scope="module")
 def fitted():
-    images, kinds = _images(12)
-    return Patches(0).fit(images, "set"), images, kinds
+    images, kinds = _images(8)
+    return _fitted(images), images, kinds
 
 
 def test_images_of_one_kind_lie_together(fitted):
     encoder, images, kinds = fitted
     vectors = encoder.encode(images)
-    assert vectors.shape == (48, encoder.dim)
+    assert vectors.shape == (32, encoder.dim)
     assert vectors.dtype == torch.float32
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(48))
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(32))
     cosines = (vectors @ vectors.T).fill_diagonal_(-2)
     assert (kinds[cosines.argmax(1)] == kinds).float().mean() > 0.95
 
 
 def test_fitting_and_encoding_are_deterministic(fitted):
     encoder, images, _ = fitted
-    again = Patches(0).fit(images, "set")
+    again = _fitted(images)
     assert torch.equal(again.encode(images), encoder.encode(images))
     assert again.digest == encoder.digest == Patches(0).digest_for("set")
     assert len({encoder.digest, Patches(1).digest_for("set"), Patches(0).digest_for("other")}) == 3
 
 
-def test_a_fitted_encoder_survives_as_tensors(fitted):
-    encoder, images, _ = fitted
-    learner = Patches(0)
-    restored = learner.restore(learner.tensors(encoder), "set")
-    assert (restored.digest, restored.dim) == (encoder.digest, encoder.dim)
-    assert torch.equal(restored.encode(images[:5]), encoder.encode(images[:5]))
-
-
 def test_fisher_vectors_do_not_change_when_the_image_is_turned_or_mirrored(fitted):
     encoder, images, _ = fitted
-    for turned in (images.rot90(1, (2, 3)), images.rot90(2, (2, 3)), images.flip(3), images.flip(2).rot90(1, (2, 3))):
-        for block, one, other in zip(BLOCKS, encoder.blocks(images[:6]), encoder.blocks(turned[:6]), strict=False):
+    for turned in (
+        images.rot90(1, (2, 3)),
+        images.rot90(2, (2, 3)),
+        images.flip(3),
+        images.flip(2).rot90(1, (2, 3)),
+    ):
+        for block, one, other in zip(
+            BLOCKS,
+            patches._all_blocks(images[:6], encoder.learnt),
+            patches._all_blocks(turned[:6], encoder.learnt),
+            strict=False,
+        ):
             cosine = (one * other).sum(1)
-            # grids of detail patches do not end at the far border, so they shift a little
-            assert cosine.min() > (0.97 if block.kind == "detail" else 0.9999), block.name
+            assert cosine.min() > 0.999, block.name
 
 
 def test_turned_descriptors_are_descriptors_of_turned_images():
@@ -82,14 +88,13 @@ def test_turned_descriptors_are_descriptors_of_turned_images():
             other = patches._descriptors(block, turned)
             places = torch.arange(side * side).reshape(side, side)
             places = (places.flip(1) if mirrored else places).rot90(quarter, (0, 1)).reshape(-1)
-            if block.kind != "detail":
-                torch.testing.assert_close(found[:, places][:, :, orders[at]], other, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(found[:, places][:, :, orders[at]], other, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_tiny_sets(count):
     images, _ = _images(1)
-    encoder = Patches(0).fit(images[:count], "set")
+    encoder = _fitted(images[:count])
     vectors = encoder.encode(images)
     assert 1 <= encoder.dim <= max(1, count)
     assert torch.isfinite(vectors).all()
@@ -98,7 +103,7 @@ def test_tiny_sets(count):
 def test_images_without_any_structure():
     images = torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)
     images[2:] = 255
-    vectors = Patches(0).fit(images, "set").encode(images)
+    vectors = _fitted(images).encode(images)
     assert torch.isfinite(vectors).all()
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
 

@@ -9,7 +9,15 @@ import open_clip
 import pytest
 import torch
 
-from nc_audit.encoders import AUTO, AUTO_FILES, AUTO_REPOSITORY, BUILTIN_COST, load_encoders, plan_encoders, weights
+from nc_audit.encoders import (
+    AUTO,
+    AUTO_FILES,
+    AUTO_REPOSITORY,
+    BUILTIN_COST,
+    load_encoders,
+    plan_encoders,
+    weights,
+)
 from nc_audit.encoders.open_clip_towers import HUB_NAMES, hub_home
 from nc_audit.encoders.patches import Patches
 from nc_audit.encoders.tfidf import Tfidf
@@ -70,7 +78,9 @@ def test_auto_names_the_repository_that_open_clip_names():
 
 def test_a_hub_that_never_answers_is_given_up_within_two_seconds(monkeypatch, no_cache):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
+        )
         start = time.monotonic()
         refusal = weights.hub_refusal("owner/name")
         assert time.monotonic() - start < 2
@@ -88,11 +98,15 @@ def test_the_answer_of_the_hub_decides(monkeypatch, no_cache, status, refusal):
             connection, _ = server.accept()
             with connection:
                 connection.recv(4096)
-                connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                connection.sendall(
+                    f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                )
 
         thread = threading.Thread(target=answer)
         thread.start()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
+        )
         assert weights.hub_refusal("owner/name") == refusal
         thread.join()
 
@@ -124,7 +138,10 @@ def test_published_weights_that_cannot_be_had_are_refused_quickly(offline):
             "builtin chooses both sides at once (give --encoder builtin and no --image-encoder)",
         ),
         ({"image_encoder": "timm:resnet81"}, "timm has no model 'resnet81' (did you mean resnet18?)"),
-        ({"encoder": "open_clip:ViT-B-33/openai"}, "open_clip has no model 'ViT-B-33' (did you mean ViT-B-32?)"),
+        (
+            {"encoder": "open_clip:ViT-B-33/openai"},
+            "open_clip has no model 'ViT-B-33' (did you mean ViT-B-32?)",
+        ),
         (
             {"encoder": "open_clip:ViT-B-32/openia"},
             "open_clip has no weights 'openia' for ViT-B-32 (did you mean openai?)",
@@ -137,7 +154,10 @@ def test_published_weights_that_cannot_be_had_are_refused_quickly(offline):
             {"encoder": "open_clip:ViT-B-32@absent.pt"},
             "open_clip:ViT-B-32@absent.pt: there is no file 'absent.pt' (open_clip:MODEL@FILE)",
         ),
-        ({"encoder": "open_clip:hf-hub:owner"}, "'open_clip:hf-hub:owner' names no repository (open_clip:hf-hub:OWNER/NAME)"),
+        (
+            {"encoder": "open_clip:hf-hub:owner"},
+            "'open_clip:hf-hub:owner' names no repository (open_clip:hf-hub:OWNER/NAME)",
+        ),
         (
             {"image_encoder": "timm:resnet18", "image_weights": Path("absent.pt")},
             "--image-weights: there is no file absent.pt (give the path of a safetensors or torch file)",

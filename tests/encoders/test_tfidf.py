@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -45,11 +42,14 @@ def test_a_caption_is_encoded_alike_alone_and_among_others():
 
 
 def test_scripts_without_spaces_are_carried_by_characters():
-    captions = ["一座机场旁边有许多飞机", "机场里停着许多飞机", "海滩旁边是蓝色的大海", "蓝色的大海和黄色的海滩"]
-    vectors = Tfidf(0).fit(captions, "set").encode(captions)
-    cosines = vectors @ vectors.T
-    assert cosines[0, 1] > cosines[0, 2] + 0.1
-    assert cosines[2, 3] > cosines[2, 1] + 0.1
+    for captions in (
+        ["一座机场旁边有许多飞机", "机场里停着许多飞机", "海滩旁边是蓝色的大海", "蓝色的大海和黄色的海滩"],
+        ["สนามบินมีเครื่องบินหลายลำ", "เครื่องบินจอดที่สนามบิน", "ชายหาดติดกับทะเลสีฟ้า", "ทะเลสีฟ้าและชายหาดสีเหลือง"],
+    ):
+        vectors = Tfidf(0).fit(captions, "set").encode(captions)
+        cosines = vectors @ vectors.T
+        assert cosines[0, 1] > cosines[0, 2] + 0.1
+        assert cosines[2, 3] > cosines[2, 1] + 0.1
 
 
 @pytest.mark.parametrize("captions", [["a"], ["!!!"], ["."], ["a", "b"], ["same word", "same words", "!"]])
@@ -70,15 +70,3 @@ def test_any_captions_give_finite_vectors_of_length_one_or_zero(captions):
 def test_nothing_is_truncated():
     encoder = Tfidf(0).fit(CAPTIONS, "set")
     assert encoder.truncated(["word " * 1000, "a"]) == [False, False]
-
-
-def test_twenty_thousand_captions_take_seconds():
-    import time
-
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(3, 9))) for _ in range(2000)]
-    captions = sorted({" ".join(generator.choices(words, k=11)) for _ in range(4000)})
-    start = time.process_time()
-    encoder = Tfidf(0).fit(captions, "set")
-    assert np.isfinite(encoder.encode(captions).numpy()).all()
-    assert time.process_time() - start < 12

@@ -52,7 +52,7 @@ def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
     with pytest.raises(DatasetError) as caught:
         export_run(run, out, read_image=reader())
     assert str(caught.value) == (
-        f"{out} is not empty: 1 files there are not of an earlier export, such as 'thesis.tex' "
+        f"{out} holds files that are not of an earlier export: 1, such as 'thesis.tex' "
         "(give another --out, or --overwrite to delete all that is there)"
     )
     assert names(out) == ["thesis.tex"]
@@ -66,7 +66,7 @@ def test_files_added_to_an_earlier_export_are_not_deleted_unasked(run, tmp_path)
     (out / "notes").mkdir()
     (out / "notes" / "mine.txt").write_text("seen")
     with pytest.raises(
-        DatasetError, match=r"1 files there are not of an earlier export, such as 'notes/mine\.txt'"
+        DatasetError, match=r"holds files that are not of an earlier export: 1, such as 'notes/mine\.txt'"
     ):
         export_run(run, out, read_image=reader())
     assert (out / "notes" / "mine.txt").exists()
@@ -87,7 +87,7 @@ def test_a_marker_that_is_not_ours_protects_the_folder(run, tmp_path, text):
     out = tmp_path / "out"
     out.mkdir()
     (out / "export.json").write_text(text)
-    with pytest.raises(DatasetError, match="is not empty: 1 files there are not of an earlier export"):
+    with pytest.raises(DatasetError, match="holds files that are not of an earlier export: 1"):
         export_run(run, out, read_image=reader())
     assert (out / "export.json").read_text() == text
 

@@ -34,7 +34,7 @@ def run(tmp_path):
     pairs = [
         Pair(0, "a red house", probability=0.25),
         Pair(0, "a house that is red", probability=0.125),
-        Pair(1, "a plane", tag="noisy", probability=0.875, best_caption="a tank", best_caption_margin=0.25),
+        Pair(1, "a plane", tag="noisy", probability=0.875, best_caption="a tank", best_caption_margin=0.2),
         Pair(1, "a boat", tag="noisy", probability=0.75, best_caption="a ship", best_caption_margin=-0.25),
         Pair(2, "a tent", tag="ambiguous", probability=0.5, best_caption="a cone", best_caption_margin=0.5),
         Pair(3, "", status="empty_caption"),
@@ -79,6 +79,14 @@ def test_each_image_is_read_once_while_its_captions_follow_each_other(run, tmp_p
     assert calls == ["dataset:images/0.png", "dataset:images/1.png", "dataset:images/2.png"]
 
 
+def test_images_are_held_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("nc_audit.export._CACHE_BYTES", 2 * len(picture(0)))
+    calls: list[str] = []
+    pairs = [Pair(number, f"caption {row}") for row, number in enumerate([0, 1, 0, 2, 1, 0])]
+    export_run(make_run(tmp_path / "run", pairs), tmp_path / "out", read_image=reader(calls))
+    assert [int(uri[-5]) for uri in calls] == [0, 1, 2, 0]
+
+
 def test_weights_are_one_minus_the_probability(run, tmp_path):
     export_run(run, tmp_path / "out", reweight=True, read_image=reader())
     assert [row["weight"] for row in exported(tmp_path / "out")] == [0.75, 0.875, 0.125, 0.25, 0.5]
@@ -113,7 +121,7 @@ def test_rematching_changes_only_noisy_pairs_that_something_fits_better(run, tmp
         "2",
         "a plane",
         "a tank",
-        "0.25",
+        "0.2",
     )
 
 
@@ -280,11 +288,12 @@ def test_the_card_says_what_was_done(run, tmp_path):
         "- recipe: self\\_paced (digest 0f0f)",
         "- options: drop noisy, rematch",
         "- estimated noise rate before the export: 25.0 % (90 % interval 20.0 % to 30.0 %)",
-        "- 1 captions were replaced, each listed in `rematched.csv`",
+        "- captions replaced: 1, each listed in `rematched.csv`",
         "| tag: noisy | 1 |",
         "| missing\\_image | 1 | the image file does not exist where the dataset says |",
         "| noisy | 2 |",
         "| train | 4 |",
+        "| `caption` | the caption, re-matched where `original_caption` is given, else as the dataset gives it |",
     ]:
         assert f"\n{line}\n" in card, line
     # Every exported column is explained, and where the dataset lay is not told.
