@@ -316,12 +316,12 @@ def train_folds(
                 image, caption = trainer.heads.embed(image_ID, caption_CD)
                 scale = trainer.heads.scale().item()
                 at = inside[k]
-                given = match(image, caption, scale, candidates, pairs.image_N[at], pairs.caption_N[at])
-                loss_N[at] = given.loss
+                asked = [(pairs.image_N[at], pairs.caption_N[at]), (pairs.image_N[at], swap_caption_S[at])]
+                found = match(image, caption, scale, candidates, *asked[: 1 + counts])
+                loss_N[at] = found[0].loss
                 if counts:
-                    swaps = match(image, caption, scale, candidates, pairs.image_N[at], swap_caption_S[at])
-                    given_sum.add_(at, given)
-                    swap_sum.add_(at, swaps)
+                    given_sum.add_(at, found[0])
+                    swap_sum.add_(at, found[1])
             counted += counts
             relative = loss_N / chance
             trajectory.append(loss_N)
@@ -419,8 +419,8 @@ def train_final(
             trainer.run_epoch(weights)
             if epoch >= settings.first_counted_epoch:
                 image, caption = heads.embed(image_ID, caption_CD)
-                found = match(
-                    image, caption, heads.scale().item(), candidates, together.image_N, together.caption_N
+                (found,) = match(
+                    image, caption, heads.scale().item(), candidates, (together.image_N, together.caption_N)
                 )
                 loss += found.loss
                 distance -= found.similarity

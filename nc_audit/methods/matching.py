@@ -103,20 +103,25 @@ class _Side:
     mean_logit: Tensor
 
 
+_MASKED = -1e4  # finite, so that 0 x it is 0; no logit comes near
+_QUERIES_AT_ONCE = 1024  # a block of logits stays in the processor's cache
+
+
 def _one_side(query_QD: Tensor, candidate_MD: Tensor, own: tuple[Tensor, Tensor], scale: float) -> _Side:
     query, position = own
     order = query.argsort(stable=True)
     query, position = query[order], position[order]
     lse, mean = [], []
     start = 0
-    for part in query_QD.split(4096):
-        logits = scale * part @ candidate_MD.T
+    for part in query_QD.split(_QUERIES_AT_ONCE):
+        logits = (scale * part) @ candidate_MD.T
         low, high = torch.searchsorted(query, torch.tensor([start, start + len(part)])).tolist()
-        logits[query[low:high] - start, position[low:high]] = float("-inf")
-        top = logits.logsumexp(1)
+        logits[query[low:high] - start, position[low:high]] = _MASKED
+        top = logits.amax(1)
         share = (logits - top[:, None]).exp_()
-        mean.append((share * logits.masked_fill_(share == 0, 0.0)).sum(1))
-        lse.append(top)
+        total = share.sum(1)
+        mean.append(torch.linalg.vecdot(share, logits) / total)
+        lse.append(top + total.log())
         start += len(part)
     return _Side(torch.cat(lse), torch.cat(mean))
 
@@ -126,9 +131,8 @@ def match(
     caption_CD: Tensor,
     scale: float,
     candidates: Candidates,
-    image_N: Tensor,
-    caption_N: Tensor,
-) -> Matches:
+    *asked: tuple[Tensor, Tensor],
+) -> list[Matches]:
     """Score pairs of images and captions, given or swapped, against the fixed candidates.
 
     The own match counts once, the other captions of the image and the other images of the caption not at all.
@@ -138,31 +142,36 @@ def match(
         caption_CD: unit vectors of all captions, shape [C, D].
         scale: logit scale, a factor.
         candidates: what to score against.
-        image_N: image of each pair to score, shape [N].
-        caption_N: caption of each pair to score, shape [N].
+        asked: sets of pairs, each as image and caption indices of shape [N].
 
     Returns:
-        Similarity (-1..1), loss and energy (nats), match entropies (0..1), each of shape [N].
+        For each set similarity (-1..1), loss and energy (nats), match entropies (0..1), each of shape [N].
     """
     by_image = _one_side(image_ID, caption_CD[candidates.caption_M], candidates.own_caption, scale)
     by_caption = _one_side(caption_CD, image_ID[candidates.image_M], candidates.own_image, scale)
-    similarity = torch.cat(
-        [
-            (image_ID[i] * caption_CD[c]).sum(1)
-            for i, c in zip(image_N.split(65_536), caption_N.split(65_536), strict=True)
-        ]
-    )
-    own = scale * similarity
-    num_captions, num_images = len(candidates.caption_M), len(candidates.image_M)
-    caption_side = _with_own(by_image, image_N, own, candidates, caption_N, of_captions=True)
-    image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)
-    return Matches(
-        similarity,
-        (caption_side[0] + image_side[0]) / 2 - own,
-        -(caption_side[0] + image_side[0]) / 2,
-        (caption_side[1] / math.log(max(2, num_captions))).clamp(0.0, 1.0),
-        (image_side[1] / math.log(max(2, num_images))).clamp(0.0, 1.0),
-    )
+    largest_entropy = [math.log(max(2, len(m))) for m in (candidates.caption_M, candidates.image_M)]
+    found = []
+    for image_N, caption_N in asked:
+        similarity = torch.cat(
+            [
+                torch.linalg.vecdot(image_ID[i], caption_CD[c])
+                for i, c in zip(image_N.split(65_536), caption_N.split(65_536), strict=True)
+            ]
+        )
+        own = scale * similarity
+        caption_side = _with_own(by_image, image_N, own, candidates, caption_N, of_captions=True)
+        image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)
+        normaliser = (caption_side[0] + image_side[0]) / 2
+        found.append(
+            Matches(
+                similarity,
+                normaliser - own,
+                -normaliser,
+                (caption_side[1] / largest_entropy[0]).clamp(0.0, 1.0),
+                (image_side[1] / largest_entropy[1]).clamp(0.0, 1.0),
+            )
+        )
+    return found
 
 
 def _with_own(
@@ -179,6 +188,6 @@ def _with_own(
     is_masked = masked_keys[found] == keys if len(masked_keys) else torch.zeros_like(keys, dtype=torch.bool)
     counted = (at[other_N] >= 0) & ~is_masked
     total = torch.where(counted, lse, torch.logaddexp(lse, own_N))
-    rest = torch.where(torch.isfinite(lse), (lse - total).exp() * mean, 0.0)
+    rest = (lse - total).exp() * mean
     expected = torch.where(counted, mean, rest + (own_N - total).exp() * own_N)
     return total, total - expected

@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import unit_vectors
 
-from nc_audit.methods.matching import Candidates, Matches, Pairs, match
+from nc_audit.methods import matching
+from nc_audit.methods.matching import Candidates, Matches, Pairs
+
+
+def match(image, caption, scale, candidates, image_N, caption_N):
+    """One set of pairs, and the same set asked beside another one: company must not matter."""
+    (alone,) = matching.match(image, caption, scale, candidates, (image_N, caption_N))
+    other = (image_N.flip(0), caption_N)
+    _, beside = matching.match(image, caption, scale, candidates, other, (image_N, caption_N))
+    for one, two in zip(tensors(alone), tensors(beside), strict=True):
+        np.testing.assert_array_equal(one, two)
+    return alone
 
 
 def generator(seed: int) -> torch.Generator:
