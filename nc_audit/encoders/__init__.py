@@ -30,6 +30,11 @@ AUTO_REPOSITORY = (
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it, without waiting for its import
 )
 AUTO_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+BUILTIN_COST = (
+    "builtin learns from the dataset's own images and captions: on remote-sensing images it ranked wrong captions "
+    "about as well as an ImageNet network (AUROC about .98 and .94 on two sets at 40 % noise); on everyday photographs "
+    "and on fewer than 1,000 images expect less, so give --encoder open_clip:MODEL@FILE where you can"
+)
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf")
 PAIR_SPECS = ("auto", "builtin", "open_clip:")
@@ -150,6 +155,9 @@ class EncoderPlan:
         facts = asdict(self)
         for side in ("image_weights", "text_weights"):
             facts[side] = Path(facts[side]).name if facts[side] else None
+        for side in ("image", "text"):
+            model, at, file = facts[side].partition("@")
+            facts[side] = model + at + Path(file).name
         return facts
 
 
@@ -275,9 +283,6 @@ def _automatic(notes: list[str]) -> tuple[str, str]:
     notes.append(f"encoder: builtin (patches + tfidf), because {AUTO} is not in the cache and {why_not}")
     notes.append(BUILTIN_COST)
     return "patches", "tfidf"
-
-
-BUILTIN_COST = ""
 
 
 def _check(spec: str, file: Path | None, side: str) -> None:

@@ -201,6 +201,11 @@ def test_the_facts_of_a_plan_hold_no_folders(tmp_path):
     facts = plan_encoders(image_encoder="timm:resnet18", image_weights=file).facts()
     assert facts["image_weights"] == "weights.pt"
     assert str(tmp_path) not in str(facts)
+    facts = plan_encoders(f"open_clip:ViT-B-32@{file}").facts()
+    assert (facts["image"], facts["text"]) == (
+        "open_clip:ViT-B-32@weights.pt",
+        "open_clip:ViT-B-32@weights.pt",
+    )
 
 
 def test_bf16_is_chosen_only_where_the_processor_has_it(monkeypatch):
