@@ -159,7 +159,7 @@ class _Audit:
         did = []
         for stage in STAGES:
             key = digest_of([key, self._inputs(stage)])
-            if self.run.is_done(stage, key):
+            if self.run.is_done(stage, key) or (stage == "tag" and self._is_retagged()):
                 continue
             did.append(stage)
             for later in STAGES[STAGES.index(stage) :]:
@@ -179,6 +179,15 @@ class _Audit:
         self.run.manifest["summary"] = summarise(self.run)
         self.run.save()
         return self.run.manifest["summary"]
+
+    def _is_retagged(self) -> bool:
+        """Whether a person tagged these very scores anew; their thresholds are not overwritten unasked."""
+        stages = self.run.manifest["stages"]
+        entry = stages.get("tag", {})
+        if entry.get("retagged_from") != stages["score"]["key"] or not self.run.is_done("tag", entry["key"]):
+            return False
+        self.watch.note("tags are as nc-audit tag set them; --force brings the recipe's thresholds back")
+        return True
 
     @contextmanager
     def _timed(self) -> Iterator[list[float]]:
@@ -546,8 +555,10 @@ def retag(
         low = min(low, high)
     with run.locked():
         files, facts = _write_tags(run, Thresholds(low, high), budget)
-        # Another key than any recipe's: scoring again brings the recipe's own thresholds back.
-        run.commit("tag", digest_of(["retag", low, high, budget]), files, 0.0, **facts)
+        source = run.stage("score")["key"]
+        run.commit(
+            "tag", digest_of(["retag", source, low, high, budget]), files, 0.0, retagged_from=source, **facts
+        )
         run.manifest["summary"] = summarise(run)
         run.save()
     return run.manifest["summary"]

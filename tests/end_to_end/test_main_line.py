@@ -118,12 +118,16 @@ def test_a_finished_run_is_left_alone(place: Path) -> None:
     assert before == {name: (place / "runs/drawn" / name).stat().st_mtime_ns for name in TABLES}
 
 
-def test_tagging_anew_needs_no_scoring_and_scoring_brings_the_recipe_back(place: Path) -> None:
+def test_tagging_anew_needs_no_scoring_and_is_not_overwritten(place: Path) -> None:
     run = place / "runs/drawn"
     scores, tags = file_digest(run / "scores.parquet"), file_digest(run / "tags.parquet")
     nc("tag", "--budget", "5%", cwd=place)
+    retagged = file_digest(run / "tags.parquet")
     assert (joined(run)["tag"] == "noisy").sum() <= 0.05 * len(joined(run)["tag"])
-    nc("score", "drawn", *QUICK, cwd=place)
+    again = nc("score", "drawn", *QUICK, cwd=place)
+    assert file_digest(run / "tags.parquet") == retagged
+    assert "--force brings the recipe's thresholds back" in again.stderr
+    nc("score", "drawn", *QUICK, "--force", cwd=place)
     assert (file_digest(run / "scores.parquet"), file_digest(run / "tags.parquet")) == (scores, tags)
 
 
