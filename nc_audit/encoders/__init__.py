@@ -31,9 +31,9 @@ AUTO_REPOSITORY = (
 )
 AUTO_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 BUILTIN_COST = (
-    "builtin learns from the dataset's own images and captions: on two remote-sensing sets it found wrong captions about "
-    "as well as an ImageNet network (README, Measured results); on everyday photographs and on fewer than 1,000 images "
-    "expect less, and give --encoder open_clip:MODEL@FILE where you can"
+    "builtin learns from the dataset's own images and captions: on two remote-sensing sets it found wrong captions "
+    "about as well as an ImageNet network (README, Measured results); on everyday photographs and on fewer than "
+    "1,000 images expect less, and give --encoder open_clip:MODEL@FILE where you can"
 )
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf")
