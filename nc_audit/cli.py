@@ -524,7 +524,7 @@ def _share(text: str) -> float:
 
 def main() -> None:
     """Entry point of the `nc-audit` command."""
-    # Threads that wait by spinning slow each other down many times over once another job shares the processor. The
+    # Threads that wait by spinning take the processor from every other job that shares it, and from each other. The
     # maths library reads this when it is first loaded, so it must stand before any command imports it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
