@@ -55,11 +55,19 @@ class NoiseRate:
     level: float
     expected_auroc: float
     is_blind: bool
+    is_calibrated: bool = True
 
     @property
     def is_weak(self) -> bool:
-        """Whether the expected AUROC is below what a user should rely on."""
-        return self.is_blind or not self.expected_auroc >= WEAK_AUROC
+        """Whether the expected AUROC is below what a user should rely on; unknown, so False, without calibration."""
+        return self.is_blind or (self.is_calibrated and not self.expected_auroc >= WEAK_AUROC)
+
+    @property
+    def evidence(self) -> str:
+        """In a word: none, weak, good; uncalibrated where a method's own probabilities stand."""
+        if not self.is_calibrated:
+            return "uncalibrated"
+        return "none" if self.is_blind else "weak" if self.is_weak else "good"
 
 
 def noise_rate(
@@ -108,6 +116,35 @@ def noise_rate(
     if is_blind:
         low, high = 0.0, 1.0
     return NoiseRate(estimate, low, high, level, expected_auroc(separation, estimate), is_blind)
+
+
+def rate_of_probabilities(
+    probability_N: Tensor, image_N: Tensor, seed: int, level: float = 0.9, num_draws: int = 400
+) -> NoiseRate:
+    """Noise rate of a method that states probabilities by its own rule: their mean, bootstrapped over images.
+
+    Args:
+        probability_N: noise probability of each pair, shape [N], 0..1.
+        image_N: index of each pair's image, shape [N].
+        seed: of the bootstrap.
+        level: coverage of the interval, of sampling only.
+        num_draws: bootstrap draws.
+    """
+    size = int(image_N.max()) + 1
+    total = torch.zeros(size, dtype=torch.float64).index_add_(0, image_N, probability_N.double())
+    counts = torch.bincount(image_N, minlength=size).double()
+    total, counts = total[counts > 0], counts[counts > 0]
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for _ in range(num_draws):
+        drawn = torch.randint(len(total), (len(total),), generator=generator)
+        draws.append(total[drawn].sum() / counts[drawn].sum())
+    bounds = torch.stack(draws).quantile(
+        torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    )
+    estimate = float(probability_N.double().mean())
+    low, high = min(float(bounds[0]), estimate), max(float(bounds[1]), estimate)
+    return NoiseRate(estimate, low, high, level, float("nan"), is_blind=False, is_calibrated=False)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,12 @@ def score(
     caption_column: Annotated[
         str | None, typer.Option("--caption-column", metavar="NAME", help="Column with the caption.")
     ] = None,
+    trusted: Annotated[
+        Path | None,
+        typer.Option(
+            "--trusted", metavar="FILE", help="Pairs known to be right: csv, jsonl or Parquet (recipe chnr)."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
     ] = "auto",
@@ -190,6 +196,7 @@ def score(
             "caption_column": caption_column,
             "split": split,
             "limit": limit,
+            "trusted": str(trusted) if trusted else None,
         },
         "image": {
             "encoder": image_encoder or encoder,

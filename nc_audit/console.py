@@ -157,6 +157,11 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
             "every pair is ambiguous; use a better encoder (--encoder), or look at some pairs with nc-audit report",
         ]
     interval = f"{percent(rate['low'])} to {percent(rate['high'])}"
+    if rate["evidence"] == "uncalibrated":
+        return [
+            f"noise rate by this recipe's own rule: {percent(rate['estimate'])} (sampling alone {interval}); "
+            "its probabilities are not calibrated on known swaps, the default recipe's are"
+        ]
     lines = [
         f"estimated noise rate: {percent(rate['estimate'])} ({rate['level']:.0%} interval {interval}, "
         "errors harder than random mismatches are not counted)"

@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nc_audit.dataset import decode_image
-from nc_audit.encoders import ImageEncoder, ImageLearner, TextEncoder, TextLearner
+from nc_audit.encoders import Encoders, ImageEncoder, ImageLearner, TextEncoder, TextLearner
 from nc_audit.errors import DatasetError, EncoderError
 from nc_audit.run import digest_of, replacing
 
@@ -149,6 +150,87 @@ class EmbeddingStore:
 
 def _vector_type(dim: int) -> pa.DataType:
     return pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of images and captions by id, and what was seen on the way.
+
+    Attributes:
+        image_ids: of the rows of `image`.
+        image: shape [I, D] float32; not a number for an image that could not be decoded.
+        caption_ids: of the rows of `caption`.
+        caption: shape [C, D'] float32.
+        failures: why an image could not be decoded, by its id.
+        num_cut: captions of which the encoder reads only the beginning.
+        logit_scale: of aligned encoders, else None.
+    """
+
+    image_ids: list[str]
+    image: Tensor
+    caption_ids: list[str]
+    caption: Tensor
+    failures: dict[str, str]
+    num_cut: int
+    logit_scale: float | None
+
+    def of(self, image_ids: list[str], caption_ids: list[str]) -> tuple[Tensor, Tensor]:
+        """The embeddings of some images and captions, in their order: shapes [I, D] and [C, D']."""
+        return (
+            _picked(self.image, self.image_ids, image_ids),
+            _picked(self.caption, self.caption_ids, caption_ids),
+        )
+
+
+def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
+    if ids == wanted:
+        return vectors
+    at = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
+    return vectors[torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))]
+
+
+def embed_all(
+    encoders: Encoders,
+    image_ids: list[str],
+    read: Read,
+    caption_ids: list[str],
+    captions: list[str],
+    store: EmbeddingStore,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Embeddings:
+    """Fit encoders that learn from the data, and embed every image and caption that the store does not hold yet.
+
+    Args:
+        encoders: loaded.
+        image_ids: distinct images in canonical order.
+        read: bytes of an image by its position.
+        caption_ids: distinct captions in canonical order.
+        captions: the captions.
+        store: where embeddings are kept.
+        batch_size: images per batch.
+        progress: told what is done, how many are, and of how many.
+    """
+
+    def part(what: str) -> Progress | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    image_encoder = fit_images(encoders.image, image_ids, read, store, progress=part("learn images"))
+    image, failures = embed_images(
+        image_encoder, image_ids, read, store, batch_size=batch_size, progress=part("embed images")
+    )
+    text_encoder = fit_captions(encoders.text, caption_ids, captions)
+    caption = embed_captions(text_encoder, caption_ids, captions, store, progress=part("embed captions"))
+    return Embeddings(
+        image_ids,
+        torch.from_numpy(image),
+        caption_ids,
+        torch.from_numpy(caption),
+        failures,
+        sum(text_encoder.truncated(captions)),
+        encoders.logit_scale,
+    )
 
 
 def fit_images(

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,20 +21,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nc_audit import __version__
-from nc_audit.dataset import Folded, ImageStore, LoadOptions, fold, load_pairs, mark_corrupt
+from nc_audit.dataset import (
+    Folded,
+    ImageStore,
+    LoadOptions,
+    fold,
+    load_pairs,
+    mark_corrupt,
+    read_trusted,
+)
 from nc_audit.errors import DatasetError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import Run, digest_of, file_digest, write_parquet
-from nc_audit.schema import SCORES, TRAJECTORY
+from nc_audit.schema import METHOD_COLUMNS, SCORES, TRAJECTORY
 from nc_audit.tag import Thresholds, tag_scores, threshold_for_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nc_audit.embed import Embeddings
     from nc_audit.encoders import EncoderPlan
     from nc_audit.methods.matching import Pairs
+    from nc_audit.train import Trajectory
 
 STAGES = ("load", "embed", "train", "score", "tag")
+NEED_TRUSTED = ("chnr",)
+"""Methods that learn from pairs known to be right."""
 
 
 class Watcher(Protocol):
@@ -110,34 +121,6 @@ def score_dataset(
         return audit.run_all()
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings of images and captions by id, and the images that could not be decoded, with the reason."""
-
-    image_ids: list[str]
-    image: Tensor
-    caption_ids: list[str]
-    caption: Tensor
-    failures: dict[str, str]
-    num_cut: int
-
-    def of(self, folded: Folded) -> tuple[Tensor, Tensor]:
-        """The embeddings of some images and captions, in their order: shapes [I, D] and [C, D']."""
-        return (
-            _picked(self.image, self.image_ids, folded.image_ids),
-            _picked(self.caption, self.caption_ids, folded.caption_ids),
-        )
-
-
-def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
-    if ids == wanted:
-        return vectors
-    import torch
-
-    at = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
-    return vectors[torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))]
-
-
 class _Audit:
     """One audit in progress: the run, and the values that later stages share."""
 
@@ -200,7 +183,7 @@ class _Audit:
         """What the stage depends on beyond the stages before it."""
         recipe = self.recipe
         if stage == "load":
-            section = recipe.dataset.model_dump(mode="json")
+            section = recipe.dataset.model_dump(mode="json", exclude={"trusted"})
             places = [self.dataset, *([Path(recipe.dataset.image_root)] if recipe.dataset.image_root else [])]
             return [__version__, section, [fingerprint(place, self.run.path) for place in places]]
         if stage == "embed":
@@ -210,7 +193,12 @@ class _Audit:
             ]
             return [plan.facts(), [file_digest(path) for path in files]]
         if stage == "train":
-            return [recipe.train.model_dump(mode="json"), recipe.score.candidates]
+            known = [recipe.train.model_dump(mode="json"), recipe.score.candidates]
+            if recipe.train.method in NEED_TRUSTED:
+                file = recipe.dataset.trusted
+                known.append(file_digest(Path(file)) if file and Path(file).is_file() else file)
+                known.append(self.run.decided("keep"))
+            return known
         if stage == "score":
             return recipe.score.model_dump(mode="json")
         return recipe.tag.model_dump(mode="json")
@@ -249,8 +237,6 @@ class _Audit:
     @cached_property
     def embeddings(self) -> Embeddings:
         """The embeddings of all that is audited, from the store where it holds them."""
-        import torch
-
         from nc_audit import embed
         from nc_audit.encoders import load_encoders
 
@@ -261,58 +247,49 @@ class _Audit:
             raise DatasetError(
                 "not one row has both an image and a caption", "nc-audit runs shows the statuses"
             )
-        encoders = load_encoders(self.encoder_plan)
         store = embed.EmbeddingStore(self.run.path / "embeddings")
         store.folder.mkdir(parents=True, exist_ok=True)
-
-        def read(position: int) -> bytes:
-            return self.images.read(wide.image_uris[position])
-
-        def progress(what: str) -> Callable[[int, int], None]:
-            return lambda done, total: self.watch.progress(what, done, total)
-
-        image_encoder = embed.fit_images(
-            encoders.image, wide.image_ids, read, store, progress=progress("learn images")
-        )
-        image, failures = embed.embed_images(
-            image_encoder,
+        return embed.embed_all(
+            load_encoders(self.encoder_plan),
             wide.image_ids,
-            read,
+            lambda position: self.images.read(wide.image_uris[position]),
+            wide.caption_ids,
+            wide.captions,
             store,
             batch_size=self.recipe.image.batch,
-            progress=progress("embed images"),
-        )
-        text_encoder = embed.fit_captions(encoders.text, wide.caption_ids, wide.captions)
-        caption = embed.embed_captions(
-            text_encoder, wide.caption_ids, wide.captions, store, progress=progress("embed captions")
-        )
-        cut = sum(text_encoder.truncated(wide.captions))
-        return Embeddings(
-            wide.image_ids,
-            torch.from_numpy(image),
-            wide.caption_ids,
-            torch.from_numpy(caption),
-            failures,
-            cut,
+            progress=self.watch.progress,
         )
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Image and caption embeddings of the distinct ok pairs, in the order of `folded`."""
-        return self.embeddings.of(self.folded)
+        return self.embeddings.of(self.folded.image_ids, self.folded.caption_ids)
 
     @cached_property
     def pairs(self) -> Pairs:
+        return pairs_of(self.folded)
+
+    @cached_property
+    def trusted(self) -> Tensor | None:
+        """Which distinct pairs are known to be right, by --trusted or by people's decisions; None where none are."""
         import torch
 
-        from nc_audit.methods.matching import Pairs
-
-        return Pairs(
-            torch.from_numpy(self.folded.pair_image.copy()),
-            torch.from_numpy(self.folded.pair_caption.copy()),
-            len(self.folded.image_ids),
-            len(self.folded.caption_ids),
-        )
+        if self.recipe.train.method not in NEED_TRUSTED:
+            if self.recipe.dataset.trusted is not None:
+                self.watch.warn(f"--trusted is not used by the method {self.recipe.train.method}")
+            return None
+        vouched = set(self.run.decided("keep"))
+        file = self.recipe.dataset.trusted
+        if file is not None:
+            trusted = read_trusted(Path(file), self.run.table("pairs"))
+            if trusted.num_unknown:
+                self.watch.warn(
+                    f"{trusted.num_unknown:,} entries of {Path(file).name} are no pair of the dataset"
+                )
+            vouched |= set(trusted.pair_ids)
+        if not vouched:
+            return None
+        return torch.tensor([one in vouched for one in self.folded.pair_ids])
 
     # --- stages
 
@@ -361,50 +338,30 @@ class _Audit:
         }
 
     def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
-        from nc_audit.train import train
+        from nc_audit.train import Inputs, train
 
-        trained = train(
+        settings = self.recipe.train
+        inputs = Inputs.prepare(
             *self.inputs,
             self.pairs,
-            self.recipe.train,
+            settings,
             self.recipe.score.candidates,
-            self.watch.progress,
+            logit_scale=self.embeddings.logit_scale,
+            trusted_N=self.trusted,
         )
-        model = self.run.path / "model"
-        trained.model.save(model / "heads.safetensors")
-        num, epochs = len(self.pairs), len(trained.folds.loss_EN)
+        trained = train(inputs, settings, self.watch.progress)
+        folder, num = self.run.path / "model", len(self.pairs)
         pair_id = pa.array(self.folded.pair_ids)
-        write_parquet(_trajectory(trained.folds, pair_id), model / "trajectory.parquet")
-        folds, final = trained.folds, trained.final
-        given = {
-            "first": trained.first.evidence.given_N,
-            "loss": folds.loss.given_N,
-            "distance": folds.distance.given_N,
-            "final_loss": final.loss.given_N,
-            "final_distance": final.distance.given_N,
-            "energy": folds.matches.energy,
-            "image_entropy": folds.matches.image_entropy,
-            "caption_entropy": folds.matches.caption_entropy,
-            "weight": folds.weight_EN.mean(0),
-            "prior": trained.first.posterior_N,
-            "variation": trained.first.variation_N,
-        }
+        trained.model.save(folder / "heads.safetensors")
+        write_parquet(_trajectory(trained.trajectory, pair_id), folder / "trajectory.parquet")
         write_parquet(
-            pa.table({"pair_id": pair_id} | {name: value.numpy() for name, value in given.items()}),
-            model / "evidence.parquet",
+            pa.table({"pair_id": pair_id} | {name: value.numpy() for name, value in trained.given.items()}),
+            folder / "evidence.parquet",
         )
-        swaps = {
-            "caption": trained.swap_caption_N,
-            "first": trained.first.evidence.swaps_S,
-            "loss": folds.loss.swaps_S,
-            "distance": folds.distance.swaps_S,
-            "final_loss": _placed(final.loss.swaps_S, trained.planted, num),
-            "final_distance": _placed(final.distance.swaps_S, trained.planted, num),
-        }
         write_parquet(
-            pa.table({name: value.numpy() for name, value in swaps.items()}), model / "swaps.parquet"
+            pa.table({name: value.numpy() for name, value in trained.swaps.items()}), folder / "swaps.parquet"
         )
-        candidates = trained.candidates
+        candidates = inputs.candidates
         write_parquet(
             pa.table(
                 {
@@ -413,96 +370,63 @@ class _Audit:
                     + [self.folded.image_ids[i] for i in candidates.image_M.tolist()],
                 }
             ),
-            model / "candidates.parquet",
+            folder / "candidates.parquet",
         )
         return (
             {
                 "model/heads.safetensors": 0,
-                "model/trajectory.parquet": num * epochs,
+                "model/trajectory.parquet": num * len(trained.trajectory.losses),
                 "model/evidence.parquet": num,
-                "model/swaps.parquet": num,
+                "model/swaps.parquet": num if trained.swaps else 0,
                 "model/candidates.parquet": len(candidates.caption_M) + len(candidates.image_M),
             },
             {
+                "method": settings.method,
                 "pairs": num,
                 "images": self.pairs.num_images,
                 "captions": self.pairs.num_captions,
-                "first_look_rate": round(trained.first.rate, 6),
-                "whole_images": trained.whole_images,
-                "logit_scale": round(folds.scale, 6),
-                "num_candidates": len(candidates.caption_M),
-            },
+                "whole_images": False,
+            }
+            | trained.facts,
         )
 
     def _score(self) -> tuple[dict[str, int], dict[str, Any]]:
         import torch
 
-        from nc_audit.calibrate import combine_held_out
-        from nc_audit.methods.known_swaps import Evidence
-        from nc_audit.methods.matching import Pairs
-        from nc_audit.methods.uncertainty import chance_loss
         from nc_audit.model import Model
-        from nc_audit.score import score_pairs
+        from nc_audit.score import judge, look_around
 
         folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
-        given, swaps = _tensors(folder / "evidence.parquet"), _tensors(folder / "swaps.parquet")
-        planted = (~swaps["final_loss"].isnan()).nonzero().squeeze(1)
-
-        def evidence(name: str, at: Any = slice(None)) -> Evidence:
-            return Evidence(given[name], swaps[name][at])
-
+        settings, seed = self.recipe.score, self.recipe.train.seed
+        given = _tensors(folder / "evidence.parquet")
         self.watch.progress("score", 0, 2)
-        held_out = combine_held_out(
-            evidence("first"),
-            evidence("loss"),
-            evidence("distance"),
-            pairs,
-            pairs.image_N,
-            facts["whole_images"],
-            self.recipe.train.seed,
-        )
         with torch.inference_mode():
-            rate, found = score_pairs(
-                *Model.load(folder / "heads.safetensors").embed(*self.inputs),
+            vectors = Model.load(folder / "heads.safetensors").embed(*self.inputs)
+            rate, judged = judge(
+                given,
+                _tensors(folder / "swaps.parquet"),
+                *vectors,
                 pairs,
-                Pairs(
-                    pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
-                ),
-                held_out,
-                held_out.evidence.swaps_S[planted],
-                evidence("final_loss", planted),
-                evidence("final_distance", planted),
-                facts["whole_images"],
-                self.recipe.score,
-                self.recipe.train.seed + 200,
+                settings,
+                seed,
+                whole_images=facts["whole_images"],
             )
-        self.watch.progress("score", 1, 2)
-        num_candidates = facts["num_candidates"]
-        columns = {
-            "similarity": -given["distance"],
-            "loss": given["loss"],
-            "relative_loss": given["loss"] / chance_loss(num_candidates),
-            "energy": given["energy"],
-            "swapped_entropy": (given["image_entropy"] + given["caption_entropy"]) / 2,
-            "weight": given["weight"],
-            "clean_posterior": 1 - given["prior"],
-            "mi_variation": given["variation"],
-        } | found
+            self.watch.progress("score", 1, 2)
+            columns = given | judged | look_around(*vectors, pairs, settings, seed)
         images = _first_names(self.run.table("pairs"), self.folded)
         named = {"best_caption": self.folded.captions, "best_image": images}
         distinct = {
-            name: _named(columns[name], named[name]) if name in named else pa.array(columns[name].numpy())
-            for name in columns
+            name: _named(values, named[name]) if name in named else pa.array(values.numpy())
+            for name, values in columns.items()
         }
         table = _per_row(self.run.table("pairs"), self.folded, distinct)
         about = {
-            "num_candidates": str(num_candidates),
+            "method": facts["method"],
+            "num_candidates": str(facts["num_candidates"]),
             "logit_scale": str(facts["logit_scale"]),
             "encoder": f"{self.encoder_plan.image} + {self.encoder_plan.text}",
             "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
-            "searched": str(
-                min(self.recipe.score.rank_candidates, max(pairs.num_captions, pairs.num_images))
-            ),
+            "searched": str(min(settings.rank_candidates, max(pairs.num_captions, pairs.num_images))),
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
         self.watch.progress("score", 2, 2)
@@ -513,7 +437,7 @@ class _Audit:
                 "high": rate.high,
                 "level": rate.level,
                 "expected_auroc": None if rate.expected_auroc != rate.expected_auroc else rate.expected_auroc,
-                "evidence": "none" if rate.is_blind else "weak" if rate.is_weak else "good",
+                "evidence": rate.evidence,
             }
         }
 
@@ -614,31 +538,26 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     return {one["values"]: one["counts"] for one in sorted(found, key=lambda one: -one["counts"])}
 
 
-def _trajectory(folds: Any, pair_id: pa.Array) -> pa.Table:
+def _trajectory(trajectory: Trajectory, pair_id: pa.Array) -> pa.Table:
     """The `trajectory` table, epoch after epoch."""
-    epochs, num = folds.loss_EN.shape
+    epochs, num = len(trajectory.losses), len(pair_id)
+
+    def column(parts: list[Tensor], type_: pa.DataType) -> pa.Array:
+        return pa.array(np.concatenate([part.numpy() for part in parts]) if parts else [], type_)
+
     division = pa.DictionaryArray.from_arrays(
-        pa.array(folds.division_EN.reshape(-1).numpy()), pa.array(["clean", "ambiguous", "noisy"])
+        column(trajectory.divisions, pa.int8()), pa.array(["clean", "ambiguous", "noisy"])
     )
     return pa.table(
         [
-            pa.concat_arrays([pair_id] * epochs),
+            pa.concat_arrays([pair_id] * epochs) if epochs else pa.array([], pa.string()),
             pa.array(np.repeat(np.arange(1, epochs + 1, dtype=np.int32), num)),
-            pa.array(folds.loss_EN.reshape(-1).numpy()),
-            pa.array(folds.weight_EN.reshape(-1).numpy()),
+            column(trajectory.losses, pa.float32()),
+            column(trajectory.weights, pa.float32()),
             division.cast(pa.string()),
         ],
         schema=TRAJECTORY,
     )
-
-
-def _placed(values: Any, at: Any, num: int) -> Any:
-    """Values at their places among `num`, not a number elsewhere."""
-    import torch
-
-    result = torch.full((num,), float("nan"))
-    result[at] = values
-    return result
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -672,7 +591,11 @@ def _per_row(pairs: pa.Table, folded: Folded, distinct: dict[str, pa.Array]) -> 
     at = pa.array(folded.row_pair, mask=folded.row_pair < 0)
     columns = {"pair_id": pairs["pair_id"], "row": pairs["row"]}
     columns |= {name: values.take(at) for name, values in distinct.items()}
-    return pa.table([columns[field.name] for field in SCORES if field.name in columns], schema=SCORES)
+    more = [field for name, field in METHOD_COLUMNS.items() if name in columns]
+    schema = pa.schema([*SCORES, *more])
+    return pa.table(
+        [columns.get(field.name, pa.nulls(len(pairs), field.type)) for field in schema], schema=schema
+    )
 
 
 def _with_corrupt(pairs: pa.Table) -> pa.Table:
@@ -686,6 +609,20 @@ def _with_corrupt(pairs: pa.Table) -> pa.Table:
         pairs.schema.get_field_index("status"),
         pairs.schema.field("status"),
         pc.if_else(corrupt, "ok", pairs["status"]),
+    )
+
+
+def pairs_of(folded: Folded) -> Pairs:
+    """The distinct pairs as training and scoring take them."""
+    import torch
+
+    from nc_audit.methods.matching import Pairs
+
+    return Pairs(
+        torch.from_numpy(folded.pair_image.copy()),
+        torch.from_numpy(folded.pair_caption.copy()),
+        len(folded.image_ids),
+        len(folded.caption_ids),
     )
 
 

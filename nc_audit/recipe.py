@@ -32,6 +32,7 @@ class DatasetSection(_Section):
     caption_column: str | None = Field(None, description="column with the caption; guessed when not given")
     split: str | None = Field(None, description="audit this split only")
     limit: int | None = Field(None, ge=1, description="audit the first rows only")
+    trusted: str | None = Field(None, description="file of pairs known to be right")
 
 
 class ImageSection(_Section):
@@ -62,10 +63,60 @@ class TextSection(_Section):
     batch: int = Field(256, ge=1, description="captions per batch")
 
 
+class RrsitrSection(_Section):
+    """RRSITR: division, both self-paced weights, robust triplet loss."""
+
+    triplet_factor: float = Field(0.9, ge=0, description="lambda_2, weight of the robust triplet loss")
+    margin: float = Field(0.6, gt=0, description="sigma, base margin of the robust triplet loss")
+    fusion: float = Field(0.9, ge=0, le=1, description="alpha, share of the global similarity at inference")
+    scale: float = Field(20.0, gt=1, description="kappa, fixed logit scale")
+    regularised: bool = Field(True, description="false: weights stay 1, no self-pacing")
+    ambiguous: bool = Field(True, description="false: no ambiguous class, all above clean_at is noisy")
+    triplet: bool = Field(True, description="false: noisy pairs are left out")
+    local: bool = Field(True, description="use local similarities where the encoders expose tokens")
+
+
+class SremSection(_Section):
+    """SREM-style (reconstructed)."""
+
+
+class TsvcSection(_Section):
+    """TSVC-style (reconstructed)."""
+
+
+class NcrSection(_Section):
+    """NCR: co-teaching with a two-component mixture on the loss."""
+
+
+class LemonSection(_Section):
+    """LEMoN in its fixed setting."""
+
+    neighbours: int = Field(30, ge=1, description="k, nearest reference pairs on each side")
+    image_factor: float = Field(5.0, ge=0, description="beta, weight of what nearby images' captions say")
+    caption_factor: float = Field(5.0, ge=0, description="gamma, weight of what nearby captions' images say")
+    nearness: float = Field(0.1, ge=0, description="tau_1, how fast distant neighbours lose their say")
+    cleanness: float = Field(5.0, ge=0, description="tau_2, how fast ill-matched neighbours lose their say")
+    references: int = Field(50_000, ge=1, description="pairs that may be neighbours; drawn where there are more")
+
+
+class ConfidentSection(_Section):
+    """Confident learning over caption clusters."""
+
+    clusters: int = Field(100, ge=2, description="clusters of the captions; fewer on small sets")
+    folds: int = Field(5, ge=2, description="classifiers that each leave one fold of the images out")
+    penalty: float = Field(1.0, ge=0, description="squared weights of the classifier count this much, halved")
+
+
+class ChnrSection(_Section):
+    """CHNR: a discriminator trained on trusted pairs, weights, hashing heads."""
+
+
 class TrainSection(_Section):
     """The short self-paced robust training."""
 
-    method: Literal["self_paced"] = Field("self_paced", description="which method scores the pairs")
+    method: Literal[
+        "self_paced", "rrsitr", "srem", "tsvc", "chnr", "similarity", "ncr", "lemon", "confident"
+    ] = Field("self_paced", description="which method scores the pairs")
     first_look_dims: tuple[int, ...] = Field((64, 128), description="principal components of the first look")
     first_look_folds: int = Field(5, ge=2, description="folds by image of the first look")
     first_look_rounds: int = Field(4, ge=1, description="reweighting rounds of the first look")
@@ -103,6 +154,13 @@ class TrainSection(_Section):
         0.5, gt=0, le=1, description="known swaps planted in the final training, per pair"
     )
     seed: int = Field(0, ge=0, description="of folds, swaps, initialisation, batches and dropout")
+    rrsitr: RrsitrSection = RrsitrSection()  # type: ignore[call-arg]
+    srem: SremSection = SremSection()  # type: ignore[call-arg]
+    tsvc: TsvcSection = TsvcSection()  # type: ignore[call-arg]
+    ncr: NcrSection = NcrSection()  # type: ignore[call-arg]
+    lemon: LemonSection = LemonSection()  # type: ignore[call-arg]
+    confident: ConfidentSection = ConfidentSection()  # type: ignore[call-arg]
+    chnr: ChnrSection = ChnrSection()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _ordered(self) -> TrainSection:
@@ -268,10 +326,11 @@ def _describe(error: Any) -> str:
     """One line for one pydantic problem: the key, what is wrong, the nearest known key."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section = Recipe.model_fields.get(str(error["loc"][0]))
-        known: list[str] = list(Recipe.model_fields)
-        if len(error["loc"]) > 1 and section is not None and isinstance(section.annotation, type):
-            known = list(section.annotation.model_fields)
+        section: type[BaseModel] = Recipe
+        for part in error["loc"][:-1]:
+            inner = section.model_fields[str(part)].annotation
+            section = inner if isinstance(inner, type) else section
+        known = list(section.model_fields)
         return f"unknown key {where} ({nearest(str(error['loc'][-1]), known)})"
     message = error["msg"].removeprefix("Value error, ")
     value = (
@@ -283,19 +342,24 @@ def _describe(error: Any) -> str:
 
 
 def show(recipe: Recipe) -> str:
-    """A recipe as TOML, every key with what it means."""
+    """A recipe as TOML, every key with what it means; a section's own sections follow it."""
     lines: list[str] = []
-    for section, info in Recipe.model_fields.items():
-        values: _Section = getattr(recipe, section)
-        assert info.annotation is not None
-        lines += ["", f"[{section}]"]
-        for key, field in type(values).model_fields.items():
-            value = getattr(values, key)
-            if value is None:
-                lines.append(f"# {key} =  # {field.description}")
-            else:
-                lines.append(f"{key} = {_toml(value)}  # {field.description}")
+    for name in Recipe.model_fields:
+        lines += _shown(name, getattr(recipe, name))
     return "\n".join(lines).strip() + "\n"
+
+
+def _shown(name: str, section: _Section) -> list[str]:
+    lines, inner = ["", f"[{name}]"], []
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, _Section):
+            inner += _shown(f"{name}.{key}", value)
+        elif value is None:
+            lines.append(f"# {key} =  # {field.description}")
+        else:
+            lines.append(f"{key} = {_toml(value)}  # {field.description}")
+    return lines + inner
 
 
 def _toml(value: Any) -> str:

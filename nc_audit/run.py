@@ -122,6 +122,26 @@ class Run:
                 json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
 
+    def decided(self, decision: str) -> list[str]:
+        """Ids, sorted, of the pairs on which people decided so; a pair's last decision stands.
+
+        Raises:
+            RunError: a line of decisions.jsonl is no decision.
+        """
+        path = self.path / "decisions.jsonl"
+        if not path.is_file():
+            return []
+        last: dict[str, str] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                last[entry["pair_id"]] = entry["decision"]
+            except (ValueError, KeyError, TypeError) as problem:
+                raise RunError(
+                    f"{path}: line {number} is no decision", "mend the line; nothing was changed"
+                ) from problem
+        return sorted(pair_id for pair_id, what in last.items() if what == decision)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The run, for this process alone.

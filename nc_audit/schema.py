@@ -129,6 +129,46 @@ SCORES = pa.schema(
     ]
 )
 
+METHOD_COLUMNS: dict[str, pa.Field] = {
+    field.name: field
+    for field in (
+        _field(
+            "energy_posterior",
+            _F,
+            "srem: posterior of the lower-energy component; higher = cleaner",
+            unit="0..1",
+        ),
+        _field("soft_label", _F, "tsvc: soft correspondence label; higher = cleaner", unit="0..1"),
+        _field(
+            "trusted_probability",
+            _F,
+            "chnr: discriminator's probability of a match; higher = cleaner",
+            unit="0..1",
+        ),
+        _field(
+            "image_noise",
+            _F,
+            "lemon: how far the captions of nearby images are; higher = noisier",
+            unit="0..",
+        ),
+        _field(
+            "caption_noise",
+            _F,
+            "lemon: how far the images of nearby captions are; higher = noisier",
+            unit="0..",
+        ),
+        _field("confident_flag", pa.bool_(), "confident: pruned by noise rate", unit=""),
+        _field("fused_similarity", _F, "rrsitr: global and local similarity together; higher = fits better"),
+        _field(
+            "hardest_gap",
+            _F,
+            "rrsitr: hardest negative minus own cosine, mean of both directions",
+            unit="-2..2",
+        ),
+    )
+}
+"""Columns of `scores` that only some methods fill; they follow the others."""
+
 TAGS = pa.schema(
     [
         _PAIR,

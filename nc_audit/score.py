@@ -1,6 +1,6 @@
 """Stage 4, score: every distinct pair against the known swaps, its neighbours and all other captions and images.
 
-`combine` turns the evidence of training into one noise score with its probability. `look_up` finds where each
+`judge` turns what training handed on into one noise score with its probability. `look_around` finds where each
 pair's own caption and image stand among the others, and which fit better. Both work in chunks; memory beyond the
 embeddings does not grow with the number of pairs.
 
@@ -9,12 +9,13 @@ Shapes: I = images; C = captions; N = pairs; S = swaps; P = planted swaps; R = r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nc_audit.calibrate import HeldOut, NoiseRate, calibrated, noise_rate
+from nc_audit.calibrate import NoiseRate, calibrated, combine_held_out, noise_rate, rate_of_probabilities
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Pairs
@@ -147,65 +148,105 @@ def look_up(
     return LookUp(rank, best, margin)
 
 
-def score_pairs(
+def judge(
+    given: Mapping[str, Tensor],
+    swaps: Mapping[str, Tensor],
     image_ID: Tensor,
     caption_CD: Tensor,
     pairs: Pairs,
-    planted: Pairs,
-    held_out: HeldOut,
-    planted_held_out_P: Tensor,
-    final_loss: Evidence,
-    final_distance: Evidence,
-    whole_images: bool,
     settings: ScoreSection,
     seed: int,
+    *,
+    whole_images: bool = False,
 ) -> tuple[NoiseRate, dict[str, Tensor]]:
-    """Noise rate; noise score, probability and everything looked up, per distinct pair.
+    """Noise rate, noise score and probability of every distinct pair, from what training handed on.
+
+    A method with known swaps is calibrated on them; another's own score and probability stand as they are.
 
     Args:
+        given: quantities of the given pairs (`train.Judgement.given`).
+        swaps: those of the known swaps; `caption` holds the caption each image is swapped to, and `final_loss` is
+            not a number where the swap did not sit in the final training. Empty for a method without swaps.
         image_ID: unit vectors of all images by the final heads, shape [I, D].
         caption_CD: unit vectors of all captions by the final heads, shape [C, D].
         pairs: the given pairs.
-        planted: swaps that sat in the final training.
-        held_out: the fused out-of-fold evidence.
-        planted_held_out_P: the out-of-fold evidence of the planted swaps, shape [P].
-        final_loss: in-sample loss of given pairs and planted swaps.
-        final_distance: in-sample cosine distance of the same.
-        whole_images: noise strikes whole images; then the held-out evidence alone decides.
         settings: the recipe's `score` section.
-        seed: draws references and candidates.
+        seed: draws the bootstrap and the reference pairs.
+        whole_images: noise strikes whole images; then the held-out evidence alone decides.
+
+    Returns:
+        The noise rate; `noise_score` (higher = noisier), `noise_probability` (0..1) and `neighbour_distance`.
 
     Raises:
         ShapeError: the vectors are not those of the pairs' images and captions.
-
-    Returns:
-        The noise rate; columns of `scores` by name, each of shape [N]; `best_caption` and `best_image`
-        as indices, -1 for none.
     """
     if (len(image_ID), len(caption_CD)) != (pairs.num_images, pairs.num_captions):
         raise ShapeError(
             "image and caption vectors", f"{pairs.num_images}, D; {pairs.num_captions}, D", image_ID.shape
         )
-    generator = torch.Generator().manual_seed(seed)
-    trust_N = 1 - held_out.posterior.given_N
-    around = ask_neighbours(image_ID, caption_CD, pairs, planted, trust_N, settings, generator)
-    if whole_images:
-        evidence, rate = held_out.evidence, held_out.rate
+    generator = torch.Generator().manual_seed(seed + 200)
+    if not swaps:
+        probability = given["noise_probability"]
+        around = ask_neighbours(
+            image_ID, caption_CD, pairs, pairs.select(torch.arange(0)), 1 - probability, settings, generator
+        )
+        rate = rate_of_probabilities(probability, pairs.image_N, seed)
+        score = given["noise_score"]
     else:
-        before = Evidence(held_out.evidence.given_N, planted_held_out_P)
-        evidence = fused(before, final_loss, final_distance, around.by_image, around.by_caption)
-        rate = noise_rate(evidence, pairs.image_N, planted.image_N, seed)
-    probability = calibrated(evidence, rate).given_N
-    captions = look_up(
-        image_ID, caption_CD, pairs.image_N, pairs.caption_N, settings.rank_candidates, generator
-    )
-    images = look_up(
-        caption_CD, image_ID, pairs.caption_N, pairs.image_N, settings.rank_candidates, generator
-    )
+        planted = (~swaps["final_loss"].isnan()).nonzero().squeeze(1)
+        held_out = combine_held_out(
+            Evidence(given["first"], swaps["first"]),
+            Evidence(given["loss"], swaps["loss"]),
+            Evidence(given["distance"], swaps["distance"]),
+            pairs,
+            pairs.image_N,
+            whole_images,
+            seed,
+        )
+        swapped = Pairs(
+            pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
+        )
+        trust_N = 1 - held_out.posterior.given_N
+        around = ask_neighbours(image_ID, caption_CD, pairs, swapped, trust_N, settings, generator)
+        evidence, rate = held_out.evidence, held_out.rate
+        if not whole_images:
+            evidence = fused(
+                Evidence(evidence.given_N, evidence.swaps_S[planted]),
+                Evidence(given["final_loss"], swaps["final_loss"][planted]),
+                Evidence(given["final_distance"], swaps["final_distance"][planted]),
+                around.by_image,
+                around.by_caption,
+            )
+            rate = noise_rate(evidence, pairs.image_N, swapped.image_N, seed)
+        probability = calibrated(evidence, rate).given_N
+        score = evidence.standardised().given_N
     return rate, {
-        "noise_score": evidence.standardised().given_N,
+        "noise_score": score,
         "noise_probability": probability,
         "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
+    }
+
+
+def look_around(
+    image_ID: Tensor, caption_CD: Tensor, pairs: Pairs, settings: ScoreSection, seed: int
+) -> dict[str, Tensor]:
+    """Where each pair stands among all captions and images, and what fits better.
+
+    Args:
+        image_ID: unit vectors of all images by the final heads, shape [I, D].
+        caption_CD: unit vectors of all captions by the final heads, shape [C, D].
+        pairs: the given pairs.
+        settings: the recipe's `score` section.
+        seed: draws the candidates where there are more than are searched.
+
+    Returns:
+        Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
+    """
+    generator = torch.Generator().manual_seed(seed + 300)
+    searched = settings.rank_candidates
+    captions = look_up(image_ID, caption_CD, pairs.image_N, pairs.caption_N, searched, generator)
+    images = look_up(caption_CD, image_ID, pairs.caption_N, pairs.image_N, searched, generator)
+    return {
         "caption_rank": captions.rank,
         "image_rank": images.rank,
         "best_caption": captions.best,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import TrainSection
+from nc_audit.train.loop import Inputs
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,8 @@ QUICK = TrainSection(
     hidden=48,
     batch=128,
 )  # type: ignore[call-arg]
+
+
+def inputs_of(planted: Planted, settings: TrainSection, num_candidates: int) -> Inputs:
+    """A planted set as training takes it."""
+    return Inputs.prepare(planted.image_ID, planted.caption_CD, planted.pairs, settings, num_candidates)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from nc_audit.errors import RecipeError
 from nc_audit.recipe import (
@@ -247,6 +248,9 @@ def test_show_explains_every_key():
     for section, info in Recipe.model_fields.items():
         assert f"[{section}]" in text
         for key, field in info.annotation.model_fields.items():
+            if isinstance(getattr(getattr(Recipe(), section), key), BaseModel):
+                assert f"[{section}.{key}]" in text
+                continue
             assert f"{key} = " in text
             assert field.description
             assert f"# {field.description}" in text

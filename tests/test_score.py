@@ -7,15 +7,17 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import QUICK, Planted
+from planted import QUICK, Planted, inputs_of
 
 from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
-from nc_audit.score import ask_neighbours, look_up, score_pairs
-from nc_audit.train import Trained, train
+from nc_audit.score import ask_neighbours, judge, look_around, look_up
+from nc_audit.train import train
+from nc_audit.train.loop import Judgement
+from nc_audit.train.self_paced import Trained
 
 
 def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -148,62 +150,46 @@ def test_without_one_trusted_pair_neighbours_say_nothing():
 
 
 def test_vectors_of_other_pairs_are_refused(trained, planted):
-    pairs, held_out = planted.pairs, held_out_of(trained, planted)
+    judgement = trained.judgement(300)
     image, caption = unit_vectors(399, 8, 0), unit_vectors(1200, 8, 1)
     with pytest.raises(ShapeError) as caught:
-        score_pairs(
-            image,
-            caption,
-            pairs,
-            pairs.select(trained.planted),
-            held_out,
-            held_out.evidence.swaps_S[trained.planted],
-            trained.final.loss,
-            trained.final.distance,
-            False,
-            SETTINGS,
-            0,
-        )
+        judge(judgement.given, judgement.swaps, image, caption, planted.pairs, SETTINGS, 0)
     assert str(caught.value) == "image and caption vectors must have shape [400, D; 1200, D], got [399, 8]"
 
 
-def held_out_of(trained: Trained, planted: Planted) -> HeldOut:
+def held_out_of(trained: Trained, planted: Planted, whole_images: bool) -> HeldOut:
     return combine_held_out(
         trained.first.evidence,
         trained.folds.loss,
         trained.folds.distance,
         planted.pairs,
         planted.pairs.image_N,
-        False,
+        whole_images,
         0,
     )
 
 
 def scored(
-    trained: Trained, planted: Planted, *, whole_images: bool = False, seed: int = 0
+    judgement: Judgement, planted: Planted, *, whole_images: bool = False, seed: int = 0
 ) -> tuple[NoiseRate, dict[str, torch.Tensor]]:
-    held_out = held_out_of(trained, planted)
-    pairs, at = planted.pairs, trained.planted
-    swaps = Pairs(pairs.image_N[at], trained.swap_caption_N[at], pairs.num_images, pairs.num_captions)
     with torch.inference_mode():
-        return score_pairs(
-            *trained.model.embed(planted.image_ID, planted.caption_CD),
-            pairs,
-            swaps,
-            held_out,
-            held_out.evidence.swaps_S[at],
-            trained.final.loss,
-            trained.final.distance,
-            whole_images,
+        vectors = judgement.model.embed(planted.image_ID, planted.caption_CD)
+        rate, columns = judge(
+            judgement.given,
+            judgement.swaps,
+            *vectors,
+            planted.pairs,
             SETTINGS,
             seed,
+            whole_images=whole_images,
         )
+        return rate, columns | look_around(*vectors, planted.pairs, SETTINGS, seed)
 
 
 @pytest.fixture(scope="module")
 def found(trained: Trained, planted: Planted) -> tuple[NoiseRate, dict[str, torch.Tensor]]:
     """Rate and scores of the planted set."""
-    return scored(trained, planted)
+    return scored(trained.judgement(300), planted)
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +240,13 @@ def test_a_better_image_is_often_the_true_one(columns, planted):
 
 
 def test_the_same_seed_scores_alike(columns, trained, planted):
-    for name, values in scored(trained, planted)[1].items():
+    for name, values in scored(trained.judgement(300), planted)[1].items():
         assert torch.equal(values, columns[name]), name
 
 
 def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
-    (rate, found), held_out = scored(trained, planted, whole_images=True), held_out_of(trained, planted)
+    rate, found = scored(trained.judgement(300), planted, whole_images=True)
+    held_out = held_out_of(trained, planted, True)
     assert rate == held_out.rate
     assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
     assert torch.equal(
@@ -267,15 +254,25 @@ def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted)
     )
 
 
+def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):
+    num = len(planted.pairs)
+    own = {"noise_score": torch.linspace(-1, 1, num), "noise_probability": torch.linspace(0, 0.5, num)}
+    vectors = trained.model.embed(planted.image_ID, planted.caption_CD)
+    rate, columns = judge(own, {}, *vectors, planted.pairs, SETTINGS, 0)
+    assert torch.equal(columns["noise_score"], own["noise_score"])
+    assert torch.equal(columns["noise_probability"], own["noise_probability"])
+    assert rate.estimate == pytest.approx(0.25, abs=1e-3)
+    assert rate.low < rate.estimate < rate.high
+    assert rate.evidence == "uncalibrated"
+    assert not rate.is_weak
+    clean = ~planted.is_noisy_N
+    distance = columns["neighbour_distance"]
+    assert swaps_auroc(distance[clean], distance[~clean]) > 0.8
+
+
 @pytest.mark.slow
 def test_a_set_without_noise_is_left_alone(planted_without_noise):
-    found = train(
-        planted_without_noise.image_ID,
-        planted_without_noise.caption_CD,
-        planted_without_noise.pairs,
-        QUICK,
-        300,
-    )
+    found = train(inputs_of(planted_without_noise, QUICK, 300), QUICK)
     rate, columns = scored(found, planted_without_noise)
     probability = columns["noise_probability"]
     assert rate.estimate < 0.05

@@ -9,16 +9,19 @@ from nc_audit.dataset.ids import content_id, normalise_caption
 from nc_audit.dataset.images import ImageStore, decode_image
 from nc_audit.dataset.load import LoadedDataset, load_pairs
 from nc_audit.dataset.rows import LoadOptions
+from nc_audit.dataset.trusted import Trusted, read_trusted
 
 __all__ = [
     "Folded",
     "ImageStore",
     "LoadOptions",
     "LoadedDataset",
+    "Trusted",
     "content_id",
     "decode_image",
     "fold",
     "load_pairs",
     "mark_corrupt",
     "normalise_caption",
+    "read_trusted",
 ]

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted import QUICK, Planted, planted_set
+from planted import QUICK, Planted, inputs_of, planted_set
 
 from nc_audit.errors import DatasetError, TrainingError
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import swaps_auroc
-from nc_audit.methods.matching import Candidates, Pairs
+from nc_audit.methods.matching import Pairs
 from nc_audit.methods.self_paced import divide, divided_weight, pace_weight
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
-from nc_audit.train import Plan, Trained, assign_folds, check_enough, pace, train, train_folds
+from nc_audit.train import Inputs, check_enough, train
+from nc_audit.train.loop import Plan
+from nc_audit.train.self_paced import Trained, assign_folds, pace, train_folds, train_robustly
 
 
 def auroc(score: torch.Tensor, planted: Planted) -> float:
@@ -45,8 +47,6 @@ def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
     assert isinstance(trained.model, Model)
     assert trained.swap_caption_N.shape == (num,)
     assert trained.planted.shape == (round(QUICK.planted_share * num),)
-    assert isinstance(trained.candidates, Candidates)
-    assert len(trained.candidates.caption_M) == len(trained.candidates.image_M) == 300
 
 
 def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(trained: Trained, planted):
@@ -87,14 +87,11 @@ def test_a_pair_is_scored_by_heads_that_never_saw_it():
     num = len(small.pairs)
     group, seed = torch.arange(num), 5
     one_epoch = QUICK.model_copy(update={"steps": 12, "epochs": 1, "first_counted_epoch": 1, "batch": 40})
-    drawn = Candidates.draw(small.pairs, 60, torch.Generator().manual_seed(0))
+    inputs = inputs_of(small, one_epoch, 60)
     in_fold_0 = assign_folds(group, one_epoch.folds, torch.Generator().manual_seed(seed)) == 0
     results = []
     for prior in (torch.ones(num), torch.where(in_fold_0, torch.rand(num), 1.0)):
-        image, caption = small.image_ID, small.caption_CD
-        found = train_folds(
-            image, caption, small.pairs, small.pairs.caption_N.roll(7), prior, group, drawn, one_epoch, seed
-        )
+        found = train_folds(inputs, small.pairs.caption_N.roll(7), prior, group, one_epoch, seed)
         results.append((found.loss.given_N, found.loss.swaps_S))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[in_fold_0], other[in_fold_0])
@@ -138,7 +135,7 @@ def tensors(trained: Trained) -> list[torch.Tensor]:
 def test_two_runs_are_equal_whatever_was_drawn_before(trained: Trained, planted):
     torch.manual_seed(12345)
     before = torch.get_rng_state()
-    again = train(planted.image_ID, planted.caption_CD, planted.pairs, QUICK, 300)
+    again = train_robustly(inputs_of(planted, QUICK, 300), QUICK)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
     for one, other in zip(tensors(trained), tensors(again), strict=True):
         assert torch.equal(one, other)
@@ -150,10 +147,10 @@ def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
     copies = [
         t.clone() for t in (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N)
     ]
-    results = [
-        train(small.image_ID, small.caption_CD, small.pairs, short.model_copy(update={"seed": s}), 50)
-        for s in (0, 1)
-    ]
+    results = []
+    for seed in (0, 1):
+        settings = short.model_copy(update={"seed": seed})
+        results.append(train_robustly(inputs_of(small, settings, 50), settings))
     for copy, now in zip(
         copies, (small.image_ID, small.caption_CD, small.pairs.image_N, small.pairs.caption_N), strict=True
     ):
@@ -166,17 +163,15 @@ def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
 
 def test_whole_image_noise_is_noticed_and_folds_keep_images_together():
     struck = planted_set(200, 3, 0.4, whole_images=True)
-    found = train(struck.image_ID, struck.caption_CD, struck.pairs, QUICK, 200)
+    inputs = inputs_of(struck, QUICK, 200)
+    found = train_robustly(inputs, QUICK)
     assert found.whole_images is True
     assert auroc(found.folds.loss.given_N, struck) > 0.9
     by_image = train_folds(
-        found.model.image_projection(struck.image_ID),
-        found.model.caption_projection(struck.caption_CD),
-        struck.pairs,
+        inputs,
         found.swap_caption_N,
         found.folds.weight_EN[0],
         struck.pairs.image_N,
-        found.candidates,
         QUICK,
         QUICK.seed,
     )
@@ -237,7 +232,7 @@ def tiny(pairs: int, images: int, captions: int) -> Pairs:
 def test_too_few_pairs_images_or_captions(pairs, images, captions, message):
     few = tiny(pairs, images, captions)
     with pytest.raises(DatasetError) as caught:
-        train(torch.randn(images, 4), torch.randn(captions, 4), few, QUICK, 10)
+        train(Inputs.prepare(torch.randn(images, 4), torch.randn(captions, 4), few, QUICK, 10), QUICK)
     assert caught.value.message == message
     assert caught.value.hint == "give at least 40 pairs with 10 different images and captions"
 
@@ -251,7 +246,7 @@ def test_an_image_that_carries_every_caption_is_refused():
     # Image 0 carries all 40 captions; nine more images carry one each.
     pairs = Pairs(torch.tensor([0] * 40 + list(range(1, 10))), torch.tensor([*range(40), *range(9)]), 10, 40)
     with pytest.raises(DatasetError) as caught:
-        train(torch.randn(10, 4), torch.randn(40, 4), pairs, QUICK, 10)
+        train(Inputs.prepare(torch.randn(10, 4), torch.randn(40, 4), pairs, QUICK, 10), QUICK)
     assert caught.value.hint == "audit a set in which images have captions of their own"
     num, rest = caught.value.message.split(" ", 1)
     assert num == "1", "one image is at fault, however many pairs it has"
@@ -260,20 +255,17 @@ def test_an_image_that_carries_every_caption_is_refused():
 
 def test_a_loss_that_is_not_finite_stops_with_the_step():
     small = planted_set(40, 3)
-    broken = small.image_ID.clone()
-    broken[3] = float("nan")
-    drawn = Candidates.draw(small.pairs, 20, torch.Generator().manual_seed(0))
+    settings = QUICK.model_copy(update={"batch": len(small.pairs)})
+    inputs = inputs_of(small, settings, 20)
+    inputs.image_head_ID[3] = float("nan")
     num = len(small.pairs)
     with pytest.raises(TrainingError) as caught:
         train_folds(
-            broken,
-            small.caption_CD,
-            small.pairs,
+            inputs,
             small.pairs.caption_N.roll(5),
             torch.ones(num),
             torch.arange(num),
-            drawn,
-            QUICK.model_copy(update={"batch": num}),
+            settings,
             0,
         )
     assert caught.value.message == "loss is nan at step 0 (lr 4e-05)"
@@ -283,13 +275,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
 def test_the_smallest_set_trains(recwarn):
     pairs = tiny(40, 40, 40)
     generator = torch.Generator().manual_seed(0)
-    found = train(
-        torch.randn(40, 4, generator=generator),
-        torch.randn(40, 3, generator=generator),
-        pairs,
-        QUICK.model_copy(update={"steps": 6}),
-        1000,
-    )
+    settings = QUICK.model_copy(update={"steps": 6})
+    image, caption = torch.randn(40, 4, generator=generator), torch.randn(40, 3, generator=generator)
+    found = train_robustly(Inputs.prepare(image, caption, pairs, settings, 1000), settings)
     assert isinstance(found.final.heads, Heads)
     assert torch.isfinite(found.folds.loss.given_N).all()
     assert not recwarn.list

@@ -1,4 +1,4 @@
-"""Stage 3, train: short robust training of small heads over frozen embeddings, on the audited pairs themselves.
+"""The default method: self-paced heads over frozen embeddings, calibrated on known swaps.
 
 No clean labels are needed. What keeps noise from being learnt:
 
@@ -9,33 +9,42 @@ No clean labels are needed. What keeps noise from being learnt:
 3. Final heads (`train_final`) on all pairs, with known swaps planted among them: swaps that sat in training
    like any noise score like noise that did, and so calibrate in-sample scores.
 
-Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; B = batch; D = dimensions.
+Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epochs; D = dimensions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nc_audit.calibrate import combine_held_out, strikes_whole_images
-from nc_audit.errors import DatasetError, TrainingError
+from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import Evidence
-from nc_audit.methods.matching import Candidates, Matches, Pairs, match
+from nc_audit.methods.matching import Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
-from nc_audit.methods.projections import Projection, principal_projection
+from nc_audit.methods.projections import principal_projection
+from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
+from nc_audit.train.loop import (
+    Inputs,
+    Judgement,
+    Plan,
+    Progress,
+    Trainer,
+    Trajectory,
+    columns_of,
+    new_heads,
+    silent,
+)
 
-MIN_PAIRS = 40
-MIN_DISTINCT = 10
 MIN_WEIGHT = 0.001
-MAX_CAPTION_INPUTS = 512
 
 
 def assign_folds(group_N: Tensor, num_folds: int, generator: torch.Generator) -> Tensor:
@@ -130,101 +139,7 @@ def _variation_rounds(
     return evidence, -evidence.given_N
 
 
-# --- 2. heads ---------------------------------------------------------------------------------------------
-
-
-def _new_heads(image_ID: Tensor, caption_CD: Tensor, settings: TrainSection, input_dropout: float) -> Heads:
-    return Heads(
-        image_ID.shape[1],
-        caption_CD.shape[1],
-        settings.width,
-        settings.hidden,
-        input_dropout,
-        settings.dropout,
-        settings.log_scale,
-        settings.max_scale,
-    )
-
-
-class _Trainer:
-    """One pair of heads in training: its pairs, its optimiser, its place in the schedule."""
-
-    def __init__(
-        self,
-        heads: Heads,
-        pairs: Pairs,
-        image_ID: Tensor,
-        caption_CD: Tensor,
-        plan: Plan,
-        weight_decay: float,
-        seed: int,
-        settings: TrainSection,
-    ) -> None:
-        self.heads, self.pairs, self.plan = heads, pairs, plan
-        self.image_ID, self.caption_CD = image_ID, caption_CD
-        self.generator = torch.Generator().manual_seed(seed)
-        matrices = [p for p in heads.parameters() if p.dim() > 1]
-        others = [p for p in heads.parameters() if p.dim() <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.lr,
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, max_lr=settings.lr, total_steps=plan.steps + 1, pct_start=settings.warm_up
-        )
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[Tensor]:
-        while True:
-            order = torch.randperm(len(self.pairs), generator=self.generator)
-            for start in range(0, len(order) - self.plan.batch + 1, self.plan.batch):
-                yield order[start : start + self.plan.batch]
-
-    def run_epoch(self, weight_N: Tensor) -> None:
-        self.heads.train()
-        for step in range(self.plan.steps_per_epoch):
-            at = next(self.batches)
-            image, caption = self.pairs.image_N[at], self.pairs.caption_N[at]
-            logits = (
-                self.heads.scale()
-                * self.heads.image(self.image_ID[image])
-                @ self.heads.caption(self.caption_CD[caption]).T
-            )
-            losses = contrastive.in_batch_loss(logits, contrastive.negatives_mask(image, caption))
-            loss = (weight_N[at] * losses).mean()
-            if not torch.isfinite(loss):
-                lr = self.schedule.get_last_lr()[0]
-                raise TrainingError(f"loss is {loss.item()} at step {step} (lr {lr:.2g})", "lower train.lr")
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimiser.step()
-            self.schedule.step()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long one pair of heads trains."""
-
-    batch: int
-    epochs: int
-    steps_per_epoch: int
-
-    @property
-    def steps(self) -> int:
-        """Steps in all."""
-        return self.epochs * self.steps_per_epoch
-
-    @classmethod
-    def of(cls, num_pairs: int, settings: TrainSection) -> Plan:
-        """A plan of `settings.steps` steps, whatever the number of pairs."""
-        batch = settings.batch or (512 if num_pairs < 10_000 else 1024)
-        batch = max(8, min(batch, num_pairs // 4))
-        epochs = settings.epochs
-        return cls(batch, epochs, max(1, round(settings.steps / epochs)))
-
-
-# --- 3. the whole -----------------------------------------------------------------------------------------
+# --- 2. out-of-fold heads -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,21 +160,20 @@ class Folds:
     scale: float
 
 
-Progress = Callable[[str, int, int], None]
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """No progress."""
+def weighted(trainer: Trainer, weight_N: Tensor, at_B: Tensor) -> Tensor:
+    """Contrastive loss of a batch with its pairs' weights, a scalar."""
+    cosine_BB, image, caption = trainer.cosines(at_B)
+    losses = contrastive.in_batch_loss(
+        trainer.heads.scale() * cosine_BB, contrastive.negatives_mask(image, caption)
+    )
+    return (weight_N[at_B] * losses).mean()
 
 
 def train_folds(
-    image_ID: Tensor,
-    caption_CD: Tensor,
-    pairs: Pairs,
+    inputs: Inputs,
     swap_caption_S: Tensor,
     prior_N: Tensor,
     group_N: Tensor,
-    candidates: Candidates,
     settings: TrainSection,
     seed: int,
     progress: Progress = silent,
@@ -267,13 +181,10 @@ def train_folds(
     """Train K pairs of heads in lockstep and score every pair by the heads that left its fold out.
 
     Args:
-        image_ID: head inputs of all images, shape [I, D].
-        caption_CD: head inputs of all captions, shape [C, D'].
-        pairs: the given pairs.
+        inputs: the given pairs, what heads take in, what pairs are scored against.
         swap_caption_S: caption of each pair's known swap, shape [N].
         prior_N: weight of each pair before any loss is known, shape [N], 0..1.
         group_N: pairs of one group share a fold, shape [N].
-        candidates: what every pair is scored against.
         settings: the recipe's `train` section.
         seed: initialisation, folds, batches, dropout.
         progress: told the epoch.
@@ -281,12 +192,13 @@ def train_folds(
     Returns:
         Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory.
     """
+    pairs, candidates = inputs.pairs, inputs.candidates
     generator = torch.Generator().manual_seed(seed)
     fold_N = assign_folds(group_N, settings.folds, generator)
     inside = [(fold_N == k).nonzero().squeeze(1) for k in range(settings.folds)]
     outside = [(fold_N != k).nonzero().squeeze(1) for k in range(settings.folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
-    chance = math.log(len(candidates.caption_M))
+    chance = chance_loss(len(candidates.caption_M))
     given_sum = Matches.zeros(len(pairs))
     swap_sum = Matches.zeros(len(pairs))
     trajectory, weights, divisions = [], [], []
@@ -295,15 +207,14 @@ def train_folds(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainers = [
-            _Trainer(
-                _new_heads(image_ID, caption_CD, settings, settings.input_dropout),
+            Trainer(
+                new_heads(inputs, settings),
+                inputs,
                 pairs.select(outside[k]),
-                image_ID,
-                caption_CD,
                 plan,
+                settings,
                 settings.weight_decay,
                 seed + 1 + k,
-                settings,
             )
             for k in range(settings.folds)
         ]
@@ -312,8 +223,9 @@ def train_folds(
             counts = epoch >= settings.first_counted_epoch
             for k, trainer in enumerate(trainers):
                 train_weight = weight_N[outside[k]]
-                trainer.run_epoch(train_weight / train_weight.mean().clamp_min(1e-9))
-                image, caption = trainer.heads.embed(image_ID, caption_CD)
+                train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
+                trainer.run_epoch(partial(weighted, trainer, train_weight))
+                image, caption = trainer.embed()
                 scale = trainer.heads.scale().item()
                 at = inside[k]
                 asked = [(pairs.image_N[at], pairs.caption_N[at]), (pairs.image_N[at], swap_caption_S[at])]
@@ -370,13 +282,10 @@ class Final:
 
 
 def train_final(
-    image_ID: Tensor,
-    caption_CD: Tensor,
-    pairs: Pairs,
+    inputs: Inputs,
     planted: Pairs,
     weight_N: Tensor,
     planted_weight_P: Tensor,
-    candidates: Candidates,
     settings: TrainSection,
     seed: int,
     progress: Progress = silent,
@@ -384,13 +293,10 @@ def train_final(
     """Train one pair of heads on all given pairs and on planted swaps, and score both in sample.
 
     Args:
-        image_ID: head inputs of all images, shape [I, D].
-        caption_CD: head inputs of all captions, shape [C, D'].
-        pairs: the given pairs.
+        inputs: the given pairs, what heads take in, what pairs are scored against.
         planted: known swaps that sit in training as noise does.
         weight_N: weight of each given pair, shape [N], 0..1.
         planted_weight_P: weight of each planted swap, by the same rule, shape [P], 0..1.
-        candidates: what every pair is scored against.
         settings: the recipe's `train` section.
         seed: initialisation, batches, dropout.
         progress: told the epoch.
@@ -398,6 +304,7 @@ def train_final(
     Returns:
         The heads; loss and cosine distance, averaged over the later epochs.
     """
+    pairs = inputs.pairs
     together = Pairs(
         torch.cat([pairs.image_N, planted.image_N]),
         torch.cat([pairs.caption_N, planted.caption_N]),
@@ -411,17 +318,12 @@ def train_final(
     counted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = _new_heads(image_ID, caption_CD, settings, settings.final_input_dropout)
-        trainer = _Trainer(
-            heads, together, image_ID, caption_CD, plan, settings.final_weight_decay, seed + 1, settings
-        )
+        heads = new_heads(inputs, settings, settings.final_input_dropout)
+        trainer = Trainer(heads, inputs, together, plan, settings, settings.final_weight_decay, seed + 1)
         for epoch in range(1, plan.epochs + 1):
-            trainer.run_epoch(weights)
+            trainer.run_epoch(partial(weighted, trainer, weights))
             if epoch >= settings.first_counted_epoch:
-                image, caption = heads.embed(image_ID, caption_CD)
-                (found,) = match(
-                    image, caption, heads.scale().item(), candidates, (together.image_N, together.caption_N)
-                )
+                found = trainer.matches()
                 loss += found.loss
                 distance -= found.similarity
                 counted += 1
@@ -435,12 +337,12 @@ def train_final(
     )
 
 
-# --- 4. the whole stage -----------------------------------------------------------------------------------
+# --- 4. the whole ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Everything the later stages need, per distinct pair, per known swap, and the final heads.
+    """Everything the method has learnt, per distinct pair and per known swap, and the final heads.
 
     `swap_caption_N` is the caption each pair's image is swapped to; `planted` indexes the swaps that sat in the
     final training, whose evidence stands behind that of the given pairs in `final`.
@@ -453,33 +355,59 @@ class Trained:
     swap_caption_N: Tensor
     planted: Tensor
     whole_images: bool
-    candidates: Candidates
+
+    def judgement(self, num_candidates: int) -> Judgement:
+        """What scoring goes on from: see `score.score_swapped` for the names."""
+        first, folds, final = self.first, self.folds, self.final
+        num = len(self.swap_caption_N)
+        given = columns_of(folds.matches, num_candidates) | {
+            "first": first.evidence.given_N,
+            "distance": folds.distance.given_N,
+            "final_loss": final.loss.given_N,
+            "final_distance": final.distance.given_N,
+            "weight": folds.weight_EN.mean(0),
+            "clean_posterior": 1 - first.posterior_N,
+            "mi_variation": first.variation_N,
+        }
+        swaps = {
+            "caption": self.swap_caption_N,
+            "first": first.evidence.swaps_S,
+            "loss": folds.loss.swaps_S,
+            "distance": folds.distance.swaps_S,
+            "final_loss": _placed(final.loss.swaps_S, self.planted, num),
+            "final_distance": _placed(final.distance.swaps_S, self.planted, num),
+        }
+        facts = {
+            "first_look_rate": round(first.rate, 6),
+            "whole_images": self.whole_images,
+            "logit_scale": round(folds.scale, 6),
+            "num_candidates": num_candidates,
+        }
+        trajectory = Trajectory(list(folds.loss_EN), list(folds.weight_EN), list(folds.division_EN))
+        return Judgement(given, swaps, facts, trajectory, self.model)
 
 
-def train(
-    image_ID: Tensor,
-    caption_CD: Tensor,
-    pairs: Pairs,
-    settings: TrainSection,
-    num_candidates: int,
-    progress: Progress = silent,
-) -> Trained:
-    """The whole training stage on frozen embeddings.
+def _placed(values: Tensor, at: Tensor, num: int) -> Tensor:
+    """Values at their places among `num`, not a number elsewhere."""
+    result = torch.full((num,), float("nan"))
+    result[at] = values
+    return result
+
+
+def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Trained:
+    """The three steps of the method on frozen embeddings.
 
     Args:
-        image_ID: image embeddings as the encoder gives them, shape [I, D].
-        caption_CD: caption embeddings, shape [C, D'].
-        pairs: the given pairs, distinct, in canonical order.
+        inputs: frozen embeddings, pairs, candidates.
         settings: the recipe's `train` section.
-        num_candidates: captions and images every pair is scored against.
         progress: told what is trained and how far.
 
     Raises:
-        DatasetError: there are too few pairs, images or captions to tell anything.
+        DatasetError: an image carries nearly every caption, so that it cannot be mismatched.
         TrainingError: a loss is not finite.
     """
-    check_enough(pairs)
-    seed = settings.seed
+    pairs, seed = inputs.pairs, settings.seed
+    image_ID, caption_CD = inputs.image_ID, inputs.caption_CD
     generator = torch.Generator().manual_seed(seed)
     swap_N = known_swaps.draw_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
     _check_swaps(swap_N, pairs)
@@ -489,60 +417,30 @@ def train(
         swap_N = known_swaps.draw_image_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
         _check_swaps(swap_N, pairs)
         first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
-    image_projection = principal_projection(image_ID, settings.components, whitening=0.5)
-    caption_projection = (
-        Projection.identity(caption_CD.shape[1])
-        if caption_CD.shape[1] <= MAX_CAPTION_INPUTS
-        else principal_projection(caption_CD, MAX_CAPTION_INPUTS, whitening=0.5)
-    )
-    image_inputs, caption_inputs = image_projection(image_ID), caption_projection(caption_CD)
-    candidates = Candidates.draw(pairs, num_candidates, generator)
     group_N = pairs.image_N if whole_images else torch.arange(len(pairs))
-    folds = train_folds(
-        image_inputs,
-        caption_inputs,
-        pairs,
-        swap_N,
-        (1 - first.posterior_N).clamp_min(MIN_WEIGHT),
-        group_N,
-        candidates,
-        settings,
-        seed,
-        progress,
-    )
+    prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
+    folds = train_folds(inputs, swap_N, prior_N, group_N, settings, seed, progress)
     held_out = combine_held_out(
         first.evidence, folds.loss, folds.distance, pairs, pairs.image_N, whole_images, seed
     )
     num_planted = max(1, round(settings.planted_share * len(pairs)))
     planted = torch.randperm(len(pairs), generator=generator)[:num_planted].sort().values
     final = train_final(
-        image_inputs,
-        caption_inputs,
-        pairs,
+        inputs,
         Pairs(pairs.image_N[planted], swap_N[planted], pairs.num_images, pairs.num_captions),
         (1 - held_out.posterior.given_N).clamp_min(MIN_WEIGHT),
         (1 - held_out.posterior.swaps_S[planted]).clamp_min(MIN_WEIGHT),
-        candidates,
         settings,
         seed + 100,
         progress,
     )
-    model = Model(final.heads, image_projection, caption_projection)
-    return Trained(first, folds, final, model, swap_N, planted, whole_images, candidates)
+    model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
+    return Trained(first, folds, final, model, swap_N, planted, whole_images)
 
 
-def check_enough(pairs: Pairs) -> None:
-    """Refuse sets that are too small to learn anything from.
-
-    Raises:
-        DatasetError: with the counts.
-    """
-    images, captions = len(pairs.image_N.unique()), len(pairs.caption_N.unique())
-    if len(pairs) < MIN_PAIRS or images < MIN_DISTINCT or captions < MIN_DISTINCT:
-        raise DatasetError(
-            f"{len(pairs):,} distinct pairs of {images:,} images and {captions:,} captions are too few to audit",
-            f"give at least {MIN_PAIRS} pairs with {MIN_DISTINCT} different images and captions",
-        )
+def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:
+    """Train by this method; see `train_robustly`."""
+    return train_robustly(inputs, settings, progress).judgement(len(inputs.candidates.caption_M))
 
 
 def _check_swaps(swap_N: Tensor, pairs: Pairs) -> None:

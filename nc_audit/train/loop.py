@@ -1,0 +1,274 @@
+"""What every training method shares: its inputs, heads in training, and what it hands on to scoring.
+
+Shapes: I = images; C = captions; N = pairs; B = batch; E = epochs; D = dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nc_audit.errors import TrainingError
+from nc_audit.methods import self_paced
+from nc_audit.methods.heads import Heads
+from nc_audit.methods.matching import Candidates, Matches, Pairs, match
+from nc_audit.methods.projections import Projection, principal_projection
+from nc_audit.methods.uncertainty import chance_loss
+from nc_audit.model import Model
+from nc_audit.recipe import TrainSection
+
+MAX_CAPTION_INPUTS = 512
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Local embeddings of one side as Gram matrices (`methods.local_similarity`), shape [X, K * K], X = I or C."""
+
+    gram: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before training: frozen embeddings, the pairs, and what pairs are scored against.
+
+    Attributes:
+        image_ID: image embeddings as the encoder gives them, shape [I, D].
+        caption_CD: caption embeddings, shape [C, D'].
+        image_head_ID: what image heads take in, shape [I, K].
+        caption_head_CD: what caption heads take in, shape [C, K'].
+        image_projection: from `image_ID` to `image_head_ID`.
+        caption_projection: from `caption_CD` to `caption_head_CD`.
+        pairs: the given pairs, distinct, in canonical order.
+        candidates: the fixed captions and images every pair is scored against.
+        logit_scale: of aligned encoders, whose cosine means something untrained; None where they are not aligned.
+        trusted_N: pairs known to be right, bool [N]; None where none are known.
+        image_tokens: local embeddings of images; None where the encoder has none.
+        caption_tokens: local embeddings of captions; None likewise.
+    """
+
+    image_ID: Tensor
+    caption_CD: Tensor
+    image_head_ID: Tensor
+    caption_head_CD: Tensor
+    image_projection: Projection
+    caption_projection: Projection
+    pairs: Pairs
+    candidates: Candidates
+    logit_scale: float | None = None
+    trusted_N: Tensor | None = None
+    image_tokens: Tokens | None = None
+    caption_tokens: Tokens | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        image_ID: Tensor,
+        caption_CD: Tensor,
+        pairs: Pairs,
+        settings: TrainSection,
+        num_candidates: int,
+        **more: Any,
+    ) -> Inputs:
+        """Inputs from embeddings: head inputs are principal components, half whitened."""
+        generator = torch.Generator().manual_seed(settings.seed + 10)
+        image = principal_projection(image_ID, settings.components, whitening=0.5)
+        caption = (
+            Projection.identity(caption_CD.shape[1])
+            if caption_CD.shape[1] <= MAX_CAPTION_INPUTS
+            else principal_projection(caption_CD, MAX_CAPTION_INPUTS, whitening=0.5)
+        )
+        return cls(
+            image_ID,
+            caption_CD,
+            image(image_ID),
+            caption(caption_CD),
+            image,
+            caption,
+            pairs,
+            Candidates.draw(pairs, num_candidates, generator),
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long one pair of heads trains."""
+
+    batch: int
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.epochs * self.steps_per_epoch
+
+    @classmethod
+    def of(cls, num_pairs: int, settings: TrainSection) -> Plan:
+        """A plan of `settings.steps` steps, whatever the number of pairs."""
+        batch = settings.batch or (512 if num_pairs < 10_000 else 1024)
+        batch = max(8, min(batch, num_pairs // 4))
+        epochs = settings.epochs
+        return cls(batch, epochs, max(1, round(settings.steps / epochs)))
+
+
+def new_heads(inputs: Inputs, settings: TrainSection, input_dropout: float | None = None) -> Heads:
+    """Untrained heads for these inputs; the caller has seeded torch."""
+    return Heads(
+        inputs.image_head_ID.shape[1],
+        inputs.caption_head_CD.shape[1],
+        settings.width,
+        settings.hidden,
+        settings.input_dropout if input_dropout is None else input_dropout,
+        settings.dropout,
+        settings.log_scale,
+        settings.max_scale,
+    )
+
+
+class Trainer:
+    """One pair of heads in training on some pairs: batches, optimiser, place in the schedule.
+
+    Args:
+        heads: to be trained.
+        inputs: what they take in.
+        pairs: what they train on; may hold swaps beside given pairs.
+        plan: how long.
+        settings: `lr`, `warm_up`.
+        weight_decay: of matrices; vectors have none.
+        seed: draws the batches.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        inputs: Inputs,
+        pairs: Pairs,
+        plan: Plan,
+        settings: TrainSection,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        self.heads, self.pairs, self.plan, self.inputs = heads, pairs, plan, inputs
+        self.generator = torch.Generator().manual_seed(seed)
+        matrices = [p for p in heads.parameters() if p.dim() > 1]
+        others = [p for p in heads.parameters() if p.dim() <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.lr,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, max_lr=settings.lr, total_steps=plan.steps + 1, pct_start=settings.warm_up
+        )
+        self.batches = self._batches()
+
+    def _batches(self) -> Iterator[Tensor]:
+        while True:
+            order = torch.randperm(len(self.pairs), generator=self.generator)
+            for start in range(0, len(order) - self.plan.batch + 1, self.plan.batch):
+                yield order[start : start + self.plan.batch]
+
+    def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
+        image, caption = self.pairs.image_N[at_B], self.pairs.caption_N[at_B]
+        cosine_BB = (
+            self.heads.image(self.inputs.image_head_ID[image])
+            @ self.heads.caption(self.inputs.caption_head_CD[caption]).T
+        )
+        return cosine_BB, image, caption
+
+    def run_epoch(self, objective: Callable[[Tensor], Tensor]) -> None:
+        """Train for one epoch of the plan.
+
+        Args:
+            objective: from the positions [B] of a batch among `pairs` to the loss, a scalar with gradient.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self.heads.train()
+        for step in range(self.plan.steps_per_epoch):
+            loss = objective(next(self.batches))
+            if not torch.isfinite(loss):
+                lr = self.schedule.get_last_lr()[0]
+                raise TrainingError(f"loss is {loss.item()} at step {step} (lr {lr:.2g})", "lower train.lr")
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimiser.step()
+            self.schedule.step()
+
+    def embed(self) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all images and captions by the heads as they stand: shapes [I, width], [C, width]."""
+        return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD)
+
+    def matches(self) -> Matches:
+        """Every quantity of the trainer's pairs against the fixed candidates, by the heads as they stand."""
+        asked = (self.pairs.image_N, self.pairs.caption_N)
+        return match(*self.embed(), self.heads.scale().item(), self.inputs.candidates, asked)[0]
+
+
+@dataclass
+class Trajectory:
+    """Per epoch, and of every given pair: loss, weight and division (0 clean, 1 ambiguous, 2 noisy)."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    divisions: list[Tensor] = field(default_factory=list)
+
+    def record(self, loss_N: Tensor, weight_N: Tensor, division_N: Tensor) -> None:
+        """Add one epoch."""
+        self.losses.append(loss_N.clone())
+        self.weights.append(weight_N.clone())
+        self.divisions.append(division_N.to(torch.int8))
+
+    def record_paced(
+        self, loss_N: Tensor, weight_N: Tensor, num_candidates: int, settings: TrainSection
+    ) -> None:
+        """Add one epoch whose division is by loss, at the recipe's fractions of chance."""
+        relative = loss_N / chance_loss(num_candidates)
+        self.record(loss_N, weight_N, self_paced.divide(relative, settings.clean_at, settings.noisy_at))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a method hands on: per distinct pair and per known swap, with the trained model.
+
+    Attributes:
+        given: quantities of the given pairs by name, each of shape [N]. Columns of `scores` go by their names there;
+            a method that has no known swaps gives `noise_score` (higher = noisier) and `noise_probability` (0..1)
+            by its own rule.
+        swaps: quantities of known swaps by name; empty for a method that has none.
+        facts: JSON-able values for the manifest.
+        trajectory: per epoch; may be empty.
+        model: for ranks, best matches and retrieval.
+    """
+
+    given: dict[str, Tensor]
+    swaps: dict[str, Tensor]
+    facts: dict[str, Any]
+    trajectory: Trajectory
+    model: Model
+
+
+def columns_of(matches: Matches, num_candidates: int) -> dict[str, Tensor]:
+    """The columns of `scores` that every method fills from scoring against candidates."""
+    return {
+        "similarity": matches.similarity,
+        "loss": matches.loss,
+        "relative_loss": matches.loss / chance_loss(num_candidates),
+        "energy": matches.energy,
+        "swapped_entropy": (matches.image_entropy + matches.caption_entropy) / 2,
+        "image_entropy": matches.image_entropy,
+        "caption_entropy": matches.caption_entropy,
+    }
