@@ -393,6 +393,168 @@ def tag(
         console.show_summary(summary, str(opened.path), is_default=run is None)
 
 
+@command("bench")
+def bench(
+    dataset: Annotated[
+        Path,
+        typer.Argument(metavar="DATASET", help="Folder or file with captions and images, taken as clean."),
+    ],
+    kinds: Annotated[
+        str,
+        typer.Option(
+            "--kinds", help="Comma list of caption, image, donor, class, block, truncated, mixture."
+        ),
+    ] = "caption",
+    rates: Annotated[
+        str, typer.Option("--rates", help="Comma list of shares, 0 to 0.95.")
+    ] = "0,0.2,0.4,0.6,0.8",
+    recipes: Annotated[
+        str,
+        typer.Option(
+            "--recipes", metavar="NAMES", help="Comma list of recipes, each NAME or NAME+section.key=value."
+        ),
+    ] = "self_paced,similarity",
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="How many, from 0 on.")] = 1,
+    test_split: Annotated[
+        str | None,
+        typer.Option(
+            "--test-split", metavar="NAME", help="Keep this split clean and measure retrieval on it."
+        ),
+    ] = None,
+    downstream: Annotated[
+        bool,
+        typer.Option(
+            "--downstream", help="Also train plain models on raw and on cleaned pairs (--test-split)."
+        ),
+    ] = False,
+    trusted_share: Annotated[
+        float,
+        typer.Option(
+            "--trusted-share",
+            min=0,
+            max=0.9,
+            help="Share of the clean pairs given to recipes that need trusted ones.",
+        ),
+    ] = 0.2,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Bench folder; bench/NAME when not given.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe", metavar="NAME|FILE", help="What all recipes start from, e.g. their encoders."
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", metavar="SPEC", help="Encoder of images and captions.")
+    ] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option("--image-encoder", metavar="SPEC", help="Image encoder.")
+    ] = None,
+    image_weights: Annotated[
+        Path | None,
+        typer.Option("--image-weights", metavar="FILE", help="Local weights of the image encoder."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option("--text-encoder", metavar="SPEC", help="Text encoder.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Use this split only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Use the first N rows only.")
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="section.key=value", help="Override a setting of all recipes."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
+    ] = "auto",
+    format: Annotated[
+        str, typer.Option("--format", metavar="table|md", help="How to print the tables.")
+    ] = "table",
+    json: JsonOption = False,
+) -> None:
+    """Put known noise into a dataset taken as clean, and measure how well recipes find it.
+
+    Example: nc-audit bench ucm_captions/ --rates 0.2,0.4 --recipes self_paced,similarity --seeds 3
+    """
+    from nc_audit import console
+    from nc_audit.bench.runner import Grid, bench_dataset
+
+    if format not in ("table", "md"):
+        raise DatasetError(f"unknown table format {format!r}", "table or md")
+    settings = {
+        "dataset": {"image_root": str(image_root) if image_root else None, "split": split, "limit": limit},
+        "image": {
+            "encoder": image_encoder or encoder,
+            "weights": str(image_weights) if image_weights else None,
+        },
+        "text": {"encoder": text_encoder or encoder},
+    }
+    grid = Grid(
+        kinds=tuple(_listed(kinds) or ()),
+        rates=tuple(_share(one) for one in _listed(rates) or ()),
+        recipes=tuple(_listed(recipes) or ()),
+        seeds=tuple(range(seeds)),
+        test_split=test_split,
+        with_downstream=downstream,
+        trusted_share=trusted_share,
+    )
+    with console.Watch(quiet=json) as watch:
+        results = bench_dataset(
+            dataset,
+            out or Path("bench") / (dataset.resolve().stem or "dataset"),
+            grid,
+            base=tuple(recipe or ()),
+            settings=settings,
+            overrides=tuple(set_ or ()),
+            device=device,
+            precision=precision,
+            watch=watch,
+        )
+    if json:
+        console.print_json(results)
+    else:
+        console.show_bench(results, as_markdown=format == "md")
+
+
+@command("evaluate")
+def evaluate(
+    run: RunOption = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Split of the run's dataset; all rows when not given."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
+    ] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Measure retrieval by the run's trained model: R@1/5/10 both ways, mR, rSum; mAP@20 of hashing recipes.
+
+    Example: nc-audit score rsitmd/ --split train; nc-audit evaluate --split test
+    """
+    from nc_audit import console
+    from nc_audit.bench.evaluate import evaluate_run
+
+    opened = _open(run)
+    with console.Watch(quiet=json) as watch:
+        result = evaluate_run(opened, split, device=device, precision=precision, progress=watch.progress)
+    if json:
+        console.print_json({"run": str(opened.path), **result})
+    else:
+        console.show_evaluation(result)
+
+
 @command("runs")
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of runs, or one run.")] = Path(

@@ -218,6 +218,63 @@ def show_export(result: ExportResult) -> None:
         console.print(Text(f"  captions replaced: {result.num_rematched:,}"))
 
 
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    """Retrieval of a run's model, to stdout."""
+    console, recall = out(), result["retrieval"]
+    which = f"split {result['split']}" if result["split"] else "all rows"
+    console.print(
+        Text(
+            f"{which}: {result['images']:,} images, {result['captions']:,} captions, {result['pairs']:,} pairs"
+        )
+    )
+    show_listing(
+        ["", "R@1", "R@5", "R@10"],
+        [
+            [name, *(f"{recall[f'{key}_r{k}']:.1f}" for k in (1, 5, 10))]
+            for name, key in (("image to caption", "i2t"), ("caption to image", "t2i"))
+        ],
+    )
+    console.print(Text(f"mR {recall['mr']:.2f}, rSum {recall['rsum']:.1f} (per cent; ties count against)"))
+    hashing = result.get("hashing")
+    if hashing:
+        console.print(
+            Text(
+                f"mAP@20 over Hamming distance, {hashing['bits']} bits: image to caption {hashing['i2t_map20']:.3f}, "
+                f"caption to image {hashing['t2i_map20']:.3f}"
+            )
+        )
+    if result["trained_on"] > 0:
+        console.print(
+            Text(
+                f"{percent(result['trained_on'])} of these pairs sat in the training of the run: the figures flatter; "
+                "score with --split train and evaluate another split",
+                "yellow",
+            )
+        )
+
+
+def show_bench(results: Sequence[Mapping[str, Any]], *, as_markdown: bool) -> None:
+    """The tables of a bench, to stdout."""
+    from nc_audit.bench import tables
+
+    parts = [("detection", tables.detection_table(tables.summarise(results)))]
+    retrieval = tables.summarise(results, "retrieval")
+    if retrieval:
+        parts.append(("retrieval on the clean test split, per cent", tables.retrieval_table(retrieval)))
+    for name, rows in (("downstream", tables.summarise(results, "downstream")),):
+        if rows:
+            ways = ("raw", "random_drop", "drop_noisy", "reweight", "oracle")
+            parts.append((f"{name}: mean recall of plain models, per cent", tables.named_table(rows, ways)))
+    for title, (heads, cells) in parts:
+        if as_markdown:
+            print_data(f"{title}\n\n{tables.markdown(heads, cells)}\n")
+        else:
+            out().print(Text(title, "bold"))
+            show_listing(heads, cells)
+    if not as_markdown:
+        out().print(Text("* best of its kind and rate; ± is the deviation over seeds", "dim"))
+
+
 def show_listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table, to stdout."""
     from nc_audit.report.text import plain

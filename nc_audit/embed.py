@@ -164,6 +164,8 @@ class Embeddings:
         failures: why an image could not be decoded, by its id.
         num_cut: captions of which the encoder reads only the beginning.
         logit_scale: of aligned encoders, else None.
+        image_encoder: that made `image`.
+        text_encoder: that made `caption`.
     """
 
     image_ids: list[str]
@@ -173,6 +175,8 @@ class Embeddings:
     failures: dict[str, str]
     num_cut: int
     logit_scale: float | None
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
 
     def of(self, image_ids: list[str], caption_ids: list[str]) -> tuple[Tensor, Tensor]:
         """The embeddings of some images and captions, in their order: shapes [I, D] and [C, D']."""
@@ -230,6 +234,8 @@ def embed_all(
         failures,
         sum(text_encoder.truncated(captions)),
         encoders.logit_scale,
+        image_encoder,
+        text_encoder,
     )
 
 
@@ -263,8 +269,7 @@ def fit_images(
         return encoder.encoder(load_file(path), fitted_on)
     at = encoder.sample(len(image_ids))
     images: list[Tensor] = []
-    work = _Decoding(read, encoder.preprocess, encoder.input_size)
-    for done, (image, _) in enumerate(_ahead(work, at, num_workers, AHEAD * 64), 1):
+    for done, (image, _) in enumerate(decoded_ahead(encoder, read, at, num_workers, AHEAD * 64), 1):
         if image is not None:
             images.append(image)
         if progress:
@@ -326,9 +331,7 @@ def embed_images(
         progress(done, len(image_ids))
     run = max(1, IMAGES_PER_SHARD // batch_size) * batch_size
     passing: dict[str, str] = {}
-    decoded = _ahead(
-        _Decoding(read, encoder.preprocess, encoder.input_size), missing, num_workers, AHEAD * batch_size
-    )
+    decoded = decoded_ahead(encoder, read, missing, num_workers, AHEAD * batch_size)
     for start in range(0, len(missing), run):
         rows = missing[start : start + run]
         vectors = torch.zeros(len(rows), encoder.dim)
@@ -424,6 +427,13 @@ class _Decoding:
             return self.preprocess(decode_image(data, self.hint)), None
         except DatasetError as problem:
             return None, problem
+
+
+def decoded_ahead(
+    encoder: ImageEncoder | ImageLearner, read: Read, positions: Iterable[int], num_workers: int, depth: int
+) -> Iterator[tuple[Tensor | None, Exception | None]]:
+    """Preprocessed images, or why there is none, in order; threads read and decode at most `depth` ahead."""
+    return _ahead(_Decoding(read, encoder.preprocess, encoder.input_size), positions, num_workers, depth)
 
 
 def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: int) -> Iterator[R]:

@@ -193,7 +193,7 @@ class _Audit:
             ]
             return [plan.facts(), [file_digest(path) for path in files]]
         if stage == "train":
-            known = [recipe.train.model_dump(mode="json"), recipe.score.candidates]
+            known = [recipe.train.settings_in_use(), recipe.score.candidates]
             if recipe.train.method in NEED_TRUSTED:
                 file = recipe.dataset.trusted
                 known.append(file_digest(Path(file)) if file and Path(file).is_file() else file)
@@ -215,21 +215,7 @@ class _Audit:
 
     @cached_property
     def encoder_plan(self) -> EncoderPlan:
-        from nc_audit.encoders import ImageOptions, plan_encoders
-
-        image, text = self.recipe.image, self.recipe.text
-        same = image.encoder == text.encoder
-        plan = plan_encoders(
-            image.encoder if same else "auto",
-            image_encoder=None if same or image.encoder == "auto" else image.encoder,
-            text_encoder=None if same or text.encoder == "auto" else text.encoder,
-            image_weights=Path(image.weights) if image.weights else None,
-            text_weights=Path(text.weights) if text.weights else None,
-            image_options=ImageOptions(image.options, _triple(image.mean), _triple(image.std), image.size),
-            device=self.device,
-            precision=self.precision,
-            seed=self.recipe.train.seed,
-        )
+        plan = plan_of(self.recipe, self.device, self.precision)
         for note in plan.notes:
             self.watch.warn(note)
         return plan
@@ -242,7 +228,7 @@ class _Audit:
 
         # Images that turn out to be corrupt stay in the set that encoders learn from, so that the set, and with it
         # every embedding, is the same before and after they are found.
-        wide = fold(_with_corrupt(self.run.table("pairs")))
+        wide = fold(with_corrupt(self.run.table("pairs")))
         if not wide.pair_ids:
             raise DatasetError(
                 "not one row has both an image and a caption", "nc-audit runs shows the statuses"
@@ -267,7 +253,44 @@ class _Audit:
 
     @cached_property
     def pairs(self) -> Pairs:
-        return pairs_of(self.folded)
+        from nc_audit.methods.matching import Pairs
+
+        f = self.folded
+        return Pairs.of_arrays(f.pair_image, f.pair_caption, len(f.image_ids), len(f.caption_ids))
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Local embeddings of both sides, for a method that uses them and encoders that have them."""
+        if self.recipe.train.method != "rrsitr" or not self.recipe.train.rrsitr.local:
+            return {}
+        from nc_audit import tokens
+        from nc_audit.embed import EmbeddingStore
+
+        found, folded = self.embeddings, self.folded
+        for encoder in (found.image_encoder, found.text_encoder):
+            if not tokens.has_tokens(encoder):
+                self.watch.warn(
+                    f"{encoder.spec} has no local embeddings: rrsitr goes by its global part alone"
+                )
+                return {}
+        store = EmbeddingStore(self.run.path / "embeddings")
+        return {
+            "image_tokens": tokens.image_tokens(
+                found.image_encoder,
+                folded.image_ids,
+                lambda position: self.images.read(folded.image_uris[position]),
+                store,
+                batch_size=self.recipe.image.batch,
+                progress=lambda done, total: self.watch.progress("embed patches", done, total),
+            ),
+            "caption_tokens": tokens.caption_tokens(
+                found.text_encoder,
+                folded.caption_ids,
+                folded.captions,
+                store,
+                progress=lambda done, total: self.watch.progress("embed words", done, total),
+            ),
+        }
 
     @cached_property
     def trusted(self) -> Tensor | None:
@@ -294,16 +317,10 @@ class _Audit:
     # --- stages
 
     def _load(self) -> tuple[dict[str, int], dict[str, Any]]:
-        section = self.recipe.dataset
-        options = LoadOptions(
-            image_root=Path(section.image_root) if section.image_root else None,
-            image_column=section.image_column,
-            caption_column=section.caption_column,
-            split=section.split,
-            limit=section.limit,
-        )
         loaded = load_pairs(
-            self.dataset, options, lambda done, total: self.watch.progress("load", done, total)
+            self.dataset,
+            load_options(self.recipe),
+            lambda done, total: self.watch.progress("load", done, total),
         )
         self.watch.note(loaded.layout)
         for note in loaded.notes:
@@ -348,6 +365,7 @@ class _Audit:
             self.recipe.score.candidates,
             logit_scale=self.embeddings.logit_scale,
             trusted_N=self.trusted,
+            **self.tokens,
         )
         trained = train(inputs, settings, self.watch.progress)
         folder, num = self.run.path / "model", len(self.pairs)
@@ -598,7 +616,7 @@ def _per_row(pairs: pa.Table, folded: Folded, distinct: dict[str, pa.Array]) -> 
     )
 
 
-def _with_corrupt(pairs: pa.Table) -> pa.Table:
+def with_corrupt(pairs: pa.Table) -> pa.Table:
     """The pairs with the rows of corrupt images counted as ok, where they have an image and a caption at all."""
     whole = pc.and_(
         pc.and_(pc.is_valid(pairs["image_id"]), pc.is_valid(pairs["caption_id"])),
@@ -612,17 +630,38 @@ def _with_corrupt(pairs: pa.Table) -> pa.Table:
     )
 
 
-def pairs_of(folded: Folded) -> Pairs:
-    """The distinct pairs as training and scoring take them."""
-    import torch
+def plan_of(recipe: Recipe, device: str = "auto", precision: str = "auto") -> EncoderPlan:
+    """The encoders that a recipe names, decided without loading weights.
 
-    from nc_audit.methods.matching import Pairs
+    Raises:
+        EncoderError: a spec, file, device or precision cannot be had.
+    """
+    from nc_audit.encoders import ImageOptions, plan_encoders
 
-    return Pairs(
-        torch.from_numpy(folded.pair_image.copy()),
-        torch.from_numpy(folded.pair_caption.copy()),
-        len(folded.image_ids),
-        len(folded.caption_ids),
+    image, text = recipe.image, recipe.text
+    same = image.encoder == text.encoder
+    return plan_encoders(
+        image.encoder if same else "auto",
+        image_encoder=None if same or image.encoder == "auto" else image.encoder,
+        text_encoder=None if same or text.encoder == "auto" else text.encoder,
+        image_weights=Path(image.weights) if image.weights else None,
+        text_weights=Path(text.weights) if text.weights else None,
+        image_options=ImageOptions(image.options, _triple(image.mean), _triple(image.std), image.size),
+        device=device,
+        precision=precision,
+        seed=recipe.train.seed,
+    )
+
+
+def load_options(recipe: Recipe) -> LoadOptions:
+    """How a recipe's dataset is read."""
+    section = recipe.dataset
+    return LoadOptions(
+        image_root=Path(section.image_root) if section.image_root else None,
+        image_column=section.image_column,
+        caption_column=section.caption_column,
+        split=section.split,
+        limit=section.limit,
     )
 
 

@@ -70,22 +70,77 @@ class RrsitrSection(_Section):
     margin: float = Field(0.6, gt=0, description="sigma, base margin of the robust triplet loss")
     fusion: float = Field(0.9, ge=0, le=1, description="alpha, share of the global similarity at inference")
     scale: float = Field(20.0, gt=1, description="kappa, fixed logit scale")
-    regularised: bool = Field(True, description="false: weights stay 1, no self-pacing")
+    warm_up_epochs: int = Field(
+        2, ge=0, description="epochs of plain contrastive loss, since heads start at chance"
+    )
+    self_paced: bool = Field(True, description="false: weights stay 1 within each region")
     ambiguous: bool = Field(True, description="false: no ambiguous class, all above clean_at is noisy")
     triplet: bool = Field(True, description="false: noisy pairs are left out")
     local: bool = Field(True, description="use local similarities where the encoders expose tokens")
+    local_mean: bool = Field(
+        True, description="local similarity as root mean square cosine; false: the published unbounded sum"
+    )
 
 
 class SremSection(_Section):
     """SREM-style (reconstructed)."""
 
+    temperature: float = Field(0.07, ge=0.017, le=1, description="tau, fixed; the logit scale is 1 / tau")
+    warm_up_epochs: int = Field(3, ge=1, description="epochs of complementary learning alone")
+    entropy_weight: Literal["undecided", "decided"] = Field(
+        "undecided", description="clean pairs count more where the other modality is undecided, or is decided"
+    )
+    complementary_factor: float = Field(1.0, ge=0, description="lambda_cm, weight of complementary learning")
+    complementary_temperature: float = Field(
+        0.1, gt=0, description="tau_b, bias of complementary learning; high: all negatives alike"
+    )
+    energy_factor: float = Field(0.1, ge=0, description="lambda_eb, weight of the energy separation")
+    energy_quantiles: tuple[float, float] = Field(
+        (0.25, 0.75), description="bounds of the energy separation, as quantiles after the warm-up"
+    )
+    passes: int = Field(3, ge=1, description="last epochs whose scores are averaged")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SremSection:
+        low, high = self.energy_quantiles
+        if not 0 <= low < high <= 1:
+            raise ValueError("energy_quantiles must be two rising shares, 0..1")
+        return self
+
 
 class TsvcSection(_Section):
     """TSVC-style (reconstructed)."""
 
+    margin: float = Field(0.2, gt=0, le=2, description="alpha, margin of a certain match, a cosine")
+    power: float = Field(10.0, gt=1, description="m, how fast the margin of doubtful pairs falls")
+    warm_up_epochs: int = Field(3, ge=1, description="epochs on all pairs alike")
+    noisy_from: float = Field(
+        0.5, ge=0, le=1, description="share of the epochs after which pairs called noisy train too"
+    )
+    dims: int = Field(64, ge=2, description="principal components of each side in the mutual information")
+    shrinkage: float = Field(0.05, ge=0, lt=1, description="share of the identity in its covariances")
+    core_share: float = Field(0.5, gt=0, le=1, description="q, share of the clean pairs in the core set")
+    rounds: int = Field(3, ge=1, description="trimming rounds of the final mutual information")
+    variation_share: float = Field(
+        0.5, ge=0, le=1, description="eta, say of the mutual information against the assistant's"
+    )
+    complementary_factor: float = Field(0.1, ge=0, description="lambda_r, weight of the complementary loss")
+    temperature: float = Field(0.07, ge=0.017, le=1, description="tau of the complementary loss, fixed")
+
 
 class NcrSection(_Section):
     """NCR: co-teaching with a two-component mixture on the loss."""
+
+    margin: float = Field(0.2, gt=0, le=2, description="alpha, margin of a certain match, a cosine")
+    power: float = Field(10.0, gt=1, description="m, how fast the margin of doubtful pairs falls")
+    warm_up_epochs: int = Field(3, ge=1, description="epochs on all pairs alike")
+    noisy_from: float = Field(
+        0.5, ge=0, le=1, description="share of the epochs after which pairs called noisy train too"
+    )
+    top_share: float = Field(0.1, gt=0, le=1, description="share of the predictions that stand for a match")
+    temperature: float = Field(
+        0.07, ge=0.017, le=1, description="tau of the recorded loss, energy and entropies; trains nothing"
+    )
 
 
 class LemonSection(_Section):
@@ -96,7 +151,9 @@ class LemonSection(_Section):
     caption_factor: float = Field(5.0, ge=0, description="gamma, weight of what nearby captions' images say")
     nearness: float = Field(0.1, ge=0, description="tau_1, how fast distant neighbours lose their say")
     cleanness: float = Field(5.0, ge=0, description="tau_2, how fast ill-matched neighbours lose their say")
-    references: int = Field(50_000, ge=1, description="pairs that may be neighbours; drawn where there are more")
+    references: int = Field(
+        50_000, ge=1, description="pairs that may be neighbours; drawn where there are more"
+    )
 
 
 class ConfidentSection(_Section):
@@ -104,11 +161,31 @@ class ConfidentSection(_Section):
 
     clusters: int = Field(100, ge=2, description="clusters of the captions; fewer on small sets")
     folds: int = Field(5, ge=2, description="classifiers that each leave one fold of the images out")
-    penalty: float = Field(1.0, ge=0, description="squared weights of the classifier count this much, halved")
+    penalty: float = Field(10.0, ge=0, description="of the squared weights of the classifier, halved")
 
 
 class ChnrSection(_Section):
     """CHNR: a discriminator trained on trusted pairs, weights, hashing heads."""
+
+
+class TowersSection(_Section):
+    """Fine-tuning of whole open_clip towers, as RRSITR does it (towers = "full")."""
+
+    epochs: int = Field(50, ge=1, description="passes over the pairs")
+    batch: int = Field(100, ge=2, description="pairs per batch; a last, smaller one is left out")
+    lr: float = Field(7e-6, gt=0, description="peak learning rate of AdamW, then cosine to 0")
+    warm_up_steps: int = Field(
+        200, ge=0, description="steps in which the learning rate rises; a tenth of all steps at most"
+    )
+    weight_decay: float = Field(0.7, ge=0, description="of matrices; vectors have none")
+    max_grad_norm: float = Field(50.0, gt=0, description="longer gradients are cut to this norm")
+    grad_checkpointing: bool = Field(
+        True, description="compute activations twice rather than keep them: slower, in less memory"
+    )
+    checkpoint_every: int = Field(
+        200, ge=1, description="steps between checkpoints, from which a run resumes"
+    )
+    workers: int = Field(4, ge=1, le=64, description="threads that decode images ahead")
 
 
 class TrainSection(_Section):
@@ -161,6 +238,16 @@ class TrainSection(_Section):
     lemon: LemonSection = LemonSection()  # type: ignore[call-arg]
     confident: ConfidentSection = ConfidentSection()  # type: ignore[call-arg]
     chnr: ChnrSection = ChnrSection()  # type: ignore[call-arg]
+    towers: Literal["frozen", "full"] = Field(
+        "frozen", description="train heads over frozen embeddings, or first fine-tune whole open_clip towers"
+    )
+    tower: TowersSection = TowersSection()  # type: ignore[call-arg]
+
+    def settings_in_use(self) -> dict[str, Any]:
+        """The settings that this method goes by: those of other methods, and of towers left frozen, do not count."""
+        mine = {self.method, "tower"} if self.towers == "full" else {self.method}
+        sections = {name for name in type(self).model_fields if isinstance(getattr(self, name), _Section)}
+        return self.model_dump(mode="json", exclude=sections - mine)
 
     @model_validator(mode="after")
     def _ordered(self) -> TrainSection:

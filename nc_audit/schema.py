@@ -188,7 +188,7 @@ TRAJECTORY = pa.schema(
             "1-based; folds are scored by heads that did not train on the pair",
             nullable=False,
         ),
-        _field("loss", _F, "held-out loss of the pair after this epoch", unit="nats, 0..", nullable=False),
+        _field("loss", _F, "loss of the pair after this epoch; held out in the default method", unit="nats, 0..", nullable=False),
         _field("weight", _F, "training weight in this epoch's batches", unit="0..1", nullable=False),
         _field(
             "division", pa.string(), "clean, ambiguous or noisy by the pace's two thresholds", nullable=False

@@ -152,7 +152,7 @@ def _reasons(
         if far[at]:
             reasons.append("images and captions nearby contradict it")
         if relative_loss[at] >= 1:
-            reasons.append(f"held-out loss at {relative_loss[at]:.0%} of chance")
+            reasons.append(f"loss at {relative_loss[at]:.0%} of chance")
         if codes[at] == 1:
             if entropy[at] >= _GENERIC_ENTROPY:
                 reasons.append("generic: fits many others about as well")

@@ -33,6 +33,19 @@ ALSO = {
         "nc_audit.report.summary",
     },
     "encoders": {"nc_audit.dataset", "nc_audit.dataset.images"},
+    "tokens": {"nc_audit.embed", "nc_audit.encoders"},
+    "bench": {
+        "nc_audit.dataset",
+        "nc_audit.dataset.rows",
+        "nc_audit.embed",
+        "nc_audit.encoders",
+        "nc_audit.tokens",
+        "nc_audit.train",
+        "nc_audit.score",
+        "nc_audit.calibrate",
+        "nc_audit.model",
+        "nc_audit.tag",
+    },
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders"},
 }
 """What a stage may import beyond that; of the dataset and the report only the names below."""
@@ -61,7 +74,7 @@ FOUNDATION = {
 
 ONLY_IN = {"rich": "console.py", "typer": "cli.py"}
 LAZY = {"torch", "pandas", "datasets", "sklearn", "open_clip", "timm", "scipy", "transformers"}
-MAY_BE_HEAVY = {"train", "score", "calibrate", "embed", "methods", "encoders", "bench"}
+MAY_BE_HEAVY = {"train", "score", "calibrate", "embed", "methods", "encoders", "bench", "tokens"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, str, bool]]:

@@ -228,7 +228,7 @@ def test_reasons_are_what_a_person_can_check():
             "1,234 other captions fit the image better",
             "better caption by 0.25: two boats",
             "images and captions nearby contradict it",
-            "held-out loss at 131% of chance",
+            "loss at 131% of chance",
         ],
     ]
 

@@ -1,8 +1,10 @@
-"""Both towers of an open_clip model.
+"""Both towers of an open_clip model, frozen as encoders, or with gradient for fine-tuning.
 
 Captions differ in length but are padded to the model's context. With a causal mask nothing after the end-of-text
 token reaches the embedding, so captions are sorted by length and each batch is cut at its longest: the same
 embeddings for a fraction of the work.
+
+Shapes: B = images or captions of a batch; L = text positions; P = patches; D = dimensions.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -83,9 +86,10 @@ def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:
         return "hub", repository, file
     model, at, name = rest.partition("@")
     if at:
-        file = Path(name)
-        if not name or not file.is_file():
+        own = Path(name)
+        if not name or not own.is_file():
             raise EncoderError(f"{spec}: there is no file {name!r}", "open_clip:MODEL@FILE")
+        file = file or own  # weights given beside the spec are fine-tuned ones
     if at or (file is not None and "/" not in model):
         if model not in open_clip.list_models():
             raise EncoderError(f"open_clip has no model {model!r}", nearest(model, open_clip.list_models()))
@@ -100,7 +104,10 @@ def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:
 
 
 class OpenClipModel:
-    """A loaded model, from which the two encoders are taken."""
+    """A loaded model, from which the two encoders are taken, and whose towers can be trained.
+
+    The encoders share the model's weights. Take them once those are final: their digests are those of the moment.
+    """
 
     def __init__(self, spec: str, file: Path | None, plan: EncoderPlan) -> None:
         self.spec = spec
@@ -149,10 +156,27 @@ class OpenClipModel:
                 f"{path.name} does not make {spec}: {first}", "check model name and weights"
             ) from problem
         self.model.eval().requires_grad_(False)
-        self.tensors = self.model.state_dict()
         self.model.to(self.device)
+        self.preprocess_config = dict(self.model.visual.preprocess_cfg)
+        self.text_tower = getattr(self.model, "text", self.model)
+        self.can_cut = _is_causal(self.model, self.text_tower)
+        self.has_patches = _has_patches(self.model)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name, as they stand."""
+        return self.model.state_dict()
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the cosine, as it stands; None where the model has none."""
         scale = getattr(self.model, "logit_scale", None)
-        self.logit_scale = float(scale.exp().mean()) if scale is not None else None
+        return float(scale.detach().exp().mean()) if scale is not None else None
+
+    def digest(self) -> str:
+        """Digest of the whole model and its weights, as they stand."""
+        facts = {"model": _shape_of(self.model), "preprocess": self.preprocess_config}
+        return digest_of_encoder(facts | {"precision": self.precision}, self.tensors)
 
     def image_encoder(self) -> OpenClipImages:
         """The image tower."""
@@ -162,15 +186,71 @@ class OpenClipModel:
         """The text tower."""
         return OpenClipCaptions(self)
 
+    def tokenise(self, captions: Sequence[str]) -> Tensor:
+        """Token numbers of captions, shape [B, L], on the CPU; L is the longest of them where that is enough."""
+        tokens_BL = self.tokenizer(list(captions))
+        return tokens_BL[:, : int(tokens_BL.argmax(1).max()) + 1] if self.can_cut else tokens_BL
+
+    def image_outputs(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the image tower makes of a batch, with gradient.
+
+        Args:
+            batch: bytes, shape [B, 3, H, W].
+
+        Returns:
+            Unit vectors [B, D], and what each patch adds to the space of embeddings: after the final norm, times the
+            projection, shape [B, P, D], of any length; None where the tower has no patches. Both float32, on the
+            model's device.
+        """
+        config, visual = self.preprocess_config, self.model.visual
+        pixels = normalised(batch, tuple(config["mean"]), tuple(config["std"]), self.device)
+        with autocast(self.device, self.precision):
+            if not self.has_patches:
+                return functional.normalize(self.model.encode_image(pixels).float(), dim=1), None
+            visual.output_tokens = True
+            try:
+                pooled_BD, tokens = visual(pixels)
+            finally:
+                visual.output_tokens = False
+            if visual.final_ln_after_pool:
+                tokens = visual.ln_post(tokens)
+            tokens_BPD = _projected(tokens, visual.proj)
+        return functional.normalize(pooled_BD.float(), dim=1), tokens_BPD.float()
+
+    def caption_outputs(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the text tower makes of a batch, with gradient.
+
+        Args:
+            tokens_BL: token numbers, shape [B, L], from `tokenise`.
+
+        Returns:
+            Unit vectors [B, D]; each position after the final norm, times the projection, shape [B, L, D], of any
+            length; and which positions are words, bool [B, L]: neither padding nor the start nor the end of the text
+            (the end alone, in a caption without a word). The latter two are None where the tower is not CLIP's own.
+        """
+        tokens_BL = tokens_BL.to(self.device)
+        with autocast(self.device, self.precision):
+            if not self.can_cut:
+                return functional.normalize(self.model.encode_text(tokens_BL).float(), dim=1), None, None
+            tower, end_B = self.text_tower, tokens_BL.argmax(1)
+            hidden = tower.ln_final(_hidden(tower, tokens_BL))
+            outputs_BLD = _projected(hidden, tower.text_projection).float()
+        at_L = torch.arange(tokens_BL.shape[1], device=self.device)
+        is_word_BL = at_L < end_B[:, None]
+        is_word_BL &= tokens_BL != getattr(self.tokenizer, "sot_token_id", -1)
+        is_word_BL |= ~is_word_BL.any(1, keepdim=True) & (at_L == end_B[:, None])
+        own_BD = outputs_BLD[torch.arange(len(end_B), device=self.device), end_B]
+        return functional.normalize(own_BD, dim=1), outputs_BLD, is_word_BL
+
 
 class OpenClipImages:
-    """Images to unit vectors."""
+    """Images to unit vectors; where the tower has patches, `tokens` gives them."""
 
     def __init__(self, owner: OpenClipModel) -> None:
-        self.spec = owner.spec
+        self.owner, self.spec = owner, owner.spec
         self.device, self.precision = owner.device, owner.precision
         self.model = owner.model
-        config = dict(self.model.visual.preprocess_cfg)
+        config = owner.preprocess_config
         size = config["size"]
         self.input_size: tuple[int, int] = (
             (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -187,6 +267,8 @@ class OpenClipImages:
         visual = {name: tensor for name, tensor in owner.tensors.items() if name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, visual)
         self.dim = self.encode(torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)).shape[1]
+        if owner.has_patches:
+            self.tokens = self._tokens
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image as bytes [3, H, W]."""
@@ -199,16 +281,22 @@ class OpenClipImages:
             vectors = self.model.encode_image(normalised(batch, self.mean, self.std, self.device))
         return functional.normalize(vectors.float(), dim=1).cpu()
 
+    @torch.inference_mode()
+    def _tokens(self, batch: Tensor) -> Tensor:
+        """Patches of bytes [B, 3, H, W] in the space of the embeddings, [B, P, D], float32, on the CPU."""
+        _, tokens_BPD = self.owner.image_outputs(batch)
+        assert tokens_BPD is not None
+        return tokens_BPD.cpu()
+
 
 class OpenClipCaptions:
-    """Captions to unit vectors."""
+    """Captions to unit vectors; where the tower is CLIP's own, `tokens` gives their words."""
 
     def __init__(self, owner: OpenClipModel) -> None:
-        self.spec = owner.spec
+        self.owner, self.spec = owner, owner.spec
         self.device, self.precision = owner.device, owner.precision
         self.model, self.tokenizer = owner.model, owner.tokenizer
-        self.tower = getattr(self.model, "text", self.model)
-        self.can_cut = _is_causal(self.model, self.tower)
+        self.tower, self.can_cut = owner.text_tower, owner.can_cut
         self.context = int(getattr(self.tokenizer, "context_length", None) or self.model.context_length)
         facts = {
             "side": "text",
@@ -219,6 +307,8 @@ class OpenClipCaptions:
         text = {name: tensor for name, tensor in owner.tensors.items() if not name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, text)
         self.dim = self.encode(["a"]).shape[1]
+        if self.can_cut:
+            self.tokens = self._tokens
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> Tensor:
@@ -253,17 +343,19 @@ class OpenClipCaptions:
             vectors = self._cut(tokens_BL) if self.can_cut else self.model.encode_text(tokens_BL)
         return functional.normalize(vectors.float(), dim=1).cpu()
 
+    @torch.inference_mode()
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        """Words of captions in the space of the embeddings, [N, L, D], zero where there is none, on the CPU."""
+        _, tokens_BLD, is_word_BL = self.owner.caption_outputs(self.owner.tokenise(captions))
+        assert tokens_BLD is not None
+        assert is_word_BL is not None
+        return (tokens_BLD * is_word_BL[:, :, None]).cpu()
+
     def _cut(self, tokens_BL: Tensor) -> Tensor:
         """The text tower on token sequences shorter than its context."""
-        tower, length = self.tower, tokens_BL.shape[1]
-        dtype = tower.transformer.get_cast_dtype()
-        hidden = tower.token_embedding(tokens_BL).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
-        pooled = tower.ln_final(hidden[torch.arange(len(hidden)), tokens_BL.argmax(1)])
-        projection = tower.text_projection
-        if projection is None:
-            return pooled
-        return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
+        hidden = _hidden(self.tower, tokens_BL)
+        pooled = self.tower.ln_final(hidden[torch.arange(len(hidden)), tokens_BL.argmax(1)])
+        return _projected(pooled, self.tower.text_projection)
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """For each caption, whether it has more tokens than the model's context."""
@@ -273,6 +365,31 @@ class OpenClipCaptions:
         if inner is None:
             return [False] * len(captions)
         return [len(tokens) > self.context for tokens in inner(list(captions), truncation=False)["input_ids"]]
+
+
+def _hidden(tower: Any, tokens_BL: Tensor) -> Tensor:
+    """What the text tower's blocks make of token sequences as long as its context or shorter."""
+    dtype, length = tower.transformer.get_cast_dtype(), tokens_BL.shape[1]
+    hidden = tower.token_embedding(tokens_BL).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    return tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
+
+
+def _projected(hidden: Tensor, projection: Any) -> Tensor:
+    if projection is None:
+        return hidden
+    return projection(hidden) if isinstance(projection, torch.nn.Module) else hidden @ projection
+
+
+def _has_patches(model: Any) -> bool:
+    """Whether the image tower is CLIP's own ViT, whose patches pass the same norm and projection as its embedding."""
+    visual = model.visual
+    return (
+        type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
+        and isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and visual.pool_type in ("tok", "avg")
+        and not visual.output_tokens
+    )
 
 
 def _is_causal(model: Any, tower: Any) -> bool:

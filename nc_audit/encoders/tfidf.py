@@ -6,6 +6,7 @@ put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ SPACELESS = (
 )
 WORD = rf"[{SPACELESS}]|[^\W{SPACELESS}]+"
 MIN_LENGTH = 1e-6
+MAX_WORDS = 32  # local embeddings of a caption; its remaining words have none
 
 
 class Tfidf:
@@ -95,6 +97,18 @@ class TfidfEncoder:
         return torch.from_numpy(
             np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > MIN_LENGTH)
         )
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Each word of a caption as a caption of its own, [N, T, D]; zeros behind the last of at most 32 words."""
+        words = [re.findall(WORD, caption.lower())[:MAX_WORDS] for caption in captions]
+        distinct = sorted({word for some in words for word in some})
+        place = {word: at for at, word in enumerate(distinct)}
+        vectors = self.encode(distinct)
+        result = torch.zeros(len(captions), MAX_WORDS, self.dim)
+        for at, some in enumerate(words):
+            if some:
+                result[at, : len(some)] = vectors[[place[word] for word in some]]
+        return result
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Never: captions of any length are read whole."""

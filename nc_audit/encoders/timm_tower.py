@@ -92,6 +92,18 @@ class TimmImageEncoder:
             vectors = self.model(normalised(batch, self.mean, self.std, self.device))
         return vectors.float().cpu()
 
+    @torch.inference_mode()
+    def tokens(self, batch: Tensor) -> Tensor:
+        """Local embeddings: cells of the last feature map or patches, [B, T, D], float32, on the CPU."""
+        with autocast(self.device, self.precision):
+            features = self.model.forward_features(normalised(batch, self.mean, self.std, self.device))
+        if features.dim() == 4:  # a feature map, channels second unless the model says otherwise
+            is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            features = features.flatten(1, 2) if is_last else features.flatten(2).transpose(1, 2)
+        else:
+            features = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+        return features.float().cpu()
+
 
 def _build(name: str, options: dict[str, Any], **more: Any) -> Any:
     try:

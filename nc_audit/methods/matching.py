@@ -9,8 +9,10 @@ Shapes: I = images; C = captions; N = pairs; M = candidates; Q = queries of one 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.image_N)
+
+    @classmethod
+    def of_arrays(
+        cls, image_N: np.ndarray, caption_N: np.ndarray, num_images: int, num_captions: int
+    ) -> Pairs:
+        """Pairs from index arrays, which are copied."""
+        return cls(
+            torch.from_numpy(image_N.copy()), torch.from_numpy(caption_N.copy()), num_images, num_captions
+        )
 
     def select(self, at: Tensor) -> Pairs:
         """Some of the pairs, over the same images and captions."""
@@ -107,14 +118,22 @@ _MASKED = -1e4  # finite, so that 0 x it is 0; no logit comes near
 _QUERIES_AT_ONCE = 1024  # a block of logits stays in the processor's cache
 
 
-def _one_side(query_QD: Tensor, candidate_MD: Tensor, own: tuple[Tensor, Tensor], scale: float) -> _Side:
+def _one_side(
+    query_QD: Tensor,
+    candidate_MD: Tensor,
+    own: tuple[Tensor, Tensor],
+    scale: float,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> _Side:
     query, position = own
     order = query.argsort(stable=True)
     query, position = query[order], position[order]
     lse, mean = [], []
     start = 0
     for part in query_QD.split(_QUERIES_AT_ONCE):
-        logits = (scale * part) @ candidate_MD.T
+        logits = (
+            (scale * part) @ candidate_MD.T if transform is None else scale * transform(part @ candidate_MD.T)
+        )
         low, high = torch.searchsorted(query, torch.tensor([start, start + len(part)])).tolist()
         logits[query[low:high] - start, position[low:high]] = _MASKED
         top = logits.amax(1)
@@ -132,6 +151,7 @@ def match(
     scale: float,
     candidates: Candidates,
     *asked: tuple[Tensor, Tensor],
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Matches]:
     """Score pairs of images and captions, given or swapped, against the fixed candidates.
 
@@ -143,12 +163,13 @@ def match(
         scale: logit scale, a factor.
         candidates: what to score against.
         asked: sets of pairs, each as image and caption indices of shape [N].
+        transform: from inner products to similarities, elementwise, where vectors are no unit vectors.
 
     Returns:
         For each set similarity (-1..1), loss and energy (nats), match entropies (0..1), each of shape [N].
     """
-    by_image = _one_side(image_ID, caption_CD[candidates.caption_M], candidates.own_caption, scale)
-    by_caption = _one_side(caption_CD, image_ID[candidates.image_M], candidates.own_image, scale)
+    by_image = _one_side(image_ID, caption_CD[candidates.caption_M], candidates.own_caption, scale, transform)
+    by_caption = _one_side(caption_CD, image_ID[candidates.image_M], candidates.own_image, scale, transform)
     largest_entropy = [math.log(max(2, len(m))) for m in (candidates.caption_M, candidates.image_M)]
     found = []
     for image_N, caption_N in asked:
@@ -158,6 +179,8 @@ def match(
                 for i, c in zip(image_N.split(65_536), caption_N.split(65_536), strict=True)
             ]
         )
+        if transform is not None:
+            similarity = transform(similarity)
         own = scale * similarity
         caption_side = _with_own(by_image, image_N, own, candidates, caption_N, of_captions=True)
         image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nc_audit.errors import TrainingError
 from nc_audit.methods import self_paced
@@ -31,13 +31,6 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Local embeddings of one side as Gram matrices (`methods.local_similarity`), shape [X, K * K], X = I or C."""
-
-    gram: Tensor
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What is known before training: frozen embeddings, the pairs, and what pairs are scored against.
 
@@ -52,8 +45,9 @@ class Inputs:
         candidates: the fixed captions and images every pair is scored against.
         logit_scale: of aligned encoders, whose cosine means something untrained; None where they are not aligned.
         trusted_N: pairs known to be right, bool [N]; None where none are known.
-        image_tokens: local embeddings of images; None where the encoder has none.
-        caption_tokens: local embeddings of captions; None likewise.
+        image_tokens: local embeddings of images, shape [I, T, K], all-zero tokens are padding; None where the
+            encoder has none.
+        caption_tokens: local embeddings of captions, shape [C, T', K']; None likewise.
     """
 
     image_ID: Tensor
@@ -66,8 +60,8 @@ class Inputs:
     candidates: Candidates
     logit_scale: float | None = None
     trusted_N: Tensor | None = None
-    image_tokens: Tokens | None = None
-    caption_tokens: Tokens | None = None
+    image_tokens: Tensor | None = None
+    caption_tokens: Tensor | None = None
 
     @classmethod
     def prepare(
@@ -147,6 +141,7 @@ class Trainer:
         settings: `lr`, `warm_up`.
         weight_decay: of matrices; vectors have none.
         seed: draws the batches.
+        extra: a further module to train along, under the same rules.
     """
 
     def __init__(
@@ -158,11 +153,13 @@ class Trainer:
         settings: TrainSection,
         weight_decay: float,
         seed: int,
+        extra: nn.Module | None = None,
     ) -> None:
         self.heads, self.pairs, self.plan, self.inputs = heads, pairs, plan, inputs
         self.generator = torch.Generator().manual_seed(seed)
-        matrices = [p for p in heads.parameters() if p.dim() > 1]
-        others = [p for p in heads.parameters() if p.dim() <= 1]
+        trained = [*heads.parameters(), *(extra.parameters() if extra is not None else ())]
+        matrices = [p for p in trained if p.dim() > 1]
+        others = [p for p in trained if p.dim() <= 1]
         self.optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=settings.lr,
