@@ -406,7 +406,7 @@ def embed_captions(
     return embedded
 
 
-class _Decoding:
+class Decoding:
     """Position to preprocessed image, or to why there is none."""
 
     def __init__(self, read: Read, preprocess: Callable[..., Tensor], size: tuple[int, int]) -> None:
@@ -433,7 +433,7 @@ def decoded_ahead(
     encoder: ImageEncoder | ImageLearner, read: Read, positions: Iterable[int], num_workers: int, depth: int
 ) -> Iterator[tuple[Tensor | None, Exception | None]]:
     """Preprocessed images, or why there is none, in order; threads read and decode at most `depth` ahead."""
-    return _ahead(_Decoding(read, encoder.preprocess, encoder.input_size), positions, num_workers, depth)
+    return _ahead(Decoding(read, encoder.preprocess, encoder.input_size), positions, num_workers, depth)
 
 
 def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: int) -> Iterator[R]:

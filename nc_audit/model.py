@@ -1,4 +1,4 @@
-"""The trained model of a run: projections and heads, from frozen embeddings to one space, as one safetensors file.
+"""The model of a run: projections and heads, from frozen embeddings to one space, as one safetensors file.
 
 Shapes: I = images; C = captions; D = dimensions.
 """
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """Final heads with the projections of their inputs."""
+    """Final heads with the projections of their inputs.
 
-    heads: Heads
+    Without heads (None) the projections alone lead to one space, as those of aligned encoders do.
+    """
+
+    heads: Heads | None
     image_projection: Projection
     caption_projection: Projection
 
@@ -37,13 +40,20 @@ class Model:
         Returns:
             Shapes [I, width] and [C, width].
         """
-        return self.heads.embed(self.image_projection(image_ID), self.caption_projection(caption_CD))
+        image, caption = self.image_projection(image_ID), self.caption_projection(caption_CD)
+        if self.heads is not None:
+            return self.heads.embed(image, caption)
+        from torch.nn.functional import normalize
+
+        return normalize(image, dim=1), normalize(caption, dim=1)
 
     def save(self, path: Path) -> None:
         """Write the model atomically."""
         from safetensors.torch import save_file
 
-        tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
+        heads = self.heads
+        state = {} if heads is None else heads.state_dict()
+        tensors = {f"heads.{name}": value for name, value in state.items()}
         for side, projection in (("image", self.image_projection), ("caption", self.caption_projection)):
             tensors |= {
                 f"{side}_projection.mean": projection.mean,
@@ -53,7 +63,7 @@ class Model:
             save_file(
                 {name: value.contiguous() for name, value in tensors.items()},
                 partial,
-                {"sizes": json.dumps(self.heads.sizes)},
+                {"sizes": json.dumps(None if heads is None else heads.sizes)},
             )
 
     @classmethod
@@ -67,11 +77,13 @@ class Model:
         with safe_open(path, "pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        heads = Heads(**sizes)
-        heads.load_state_dict(
-            {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
-        )
-        heads.eval()
+        heads = None
+        if sizes is not None:
+            heads = Heads(**sizes)
+            heads.load_state_dict(
+                {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
+            )
+            heads.eval()
         image, caption = (
             Projection(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
             for side in ("image", "caption")

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +31,7 @@ from nc_audit.dataset import (
     mark_corrupt,
     read_trusted,
 )
-from nc_audit.errors import DatasetError, RunError
+from nc_audit.errors import DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import METHOD_COLUMNS, SCORES, TRAJECTORY
@@ -191,7 +192,8 @@ class _Audit:
             files = [
                 path for path in (plan.image_weights, plan.text_weights, _checkpoint(plan.image)) if path
             ]
-            return [plan.facts(), [file_digest(path) for path in files]]
+            tuned = recipe.train.settings_in_use() if recipe.train.towers == "full" else None
+            return [plan.facts(), [file_digest(path) for path in files], tuned]
         if stage == "train":
             known = [recipe.train.settings_in_use(), recipe.score.candidates]
             if recipe.train.method in NEED_TRUSTED:
@@ -236,7 +238,7 @@ class _Audit:
         store = embed.EmbeddingStore(self.run.path / "embeddings")
         store.folder.mkdir(parents=True, exist_ok=True)
         return embed.embed_all(
-            load_encoders(self.encoder_plan),
+            load_encoders(self.tuned_plan(wide)),
             wide.image_ids,
             lambda position: self.images.read(wide.image_uris[position]),
             wide.caption_ids,
@@ -245,6 +247,39 @@ class _Audit:
             batch_size=self.recipe.image.batch,
             progress=self.watch.progress,
         )
+
+    def tuned_plan(self, wide: Folded) -> EncoderPlan:
+        """The encoders as they are, or with towers fine-tuned on the pairs (`train.towers = "full"`), resumably."""
+        plan, settings = self.encoder_plan, self.recipe.train
+        if settings.towers == "frozen":
+            return plan
+        if not (plan.aligned and plan.image.startswith("open_clip:")):
+            raise RecipeError(
+                f'train.towers = "full" tunes an open_clip model, not {plan.image} + {plan.text}',
+                "give --encoder open_clip:MODEL@FILE",
+            )
+        from nc_audit.embed import Decoding
+        from nc_audit.encoders.open_clip_towers import OpenClipModel
+        from nc_audit.methods.matching import Pairs
+        from nc_audit.train.rrsitr import tower_objective
+        from nc_audit.train.towers import RESULT, fine_tune
+
+        if plan.device == "cpu":
+            self.watch.warn("whole towers are tuned on the processor: hours where a GPU takes minutes")
+        towers = OpenClipModel(plan.image, plan.image_weights, plan)
+        images = towers.image_encoder()
+        folder = self.run.path / "model"
+        fine_tune(
+            towers,
+            Decoding(lambda at: self.images.read(wide.image_uris[at]), images.preprocess, images.input_size),
+            wide.captions,
+            Pairs.of_arrays(wide.pair_image, wide.pair_caption, len(wide.image_ids), len(wide.caption_ids)),
+            tower_objective(settings),
+            settings,
+            folder,
+            self.watch.progress,
+        )
+        return replace(plan, image_weights=folder / RESULT, text_weights=folder / RESULT)
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:

@@ -167,6 +167,35 @@ class ConfidentSection(_Section):
 class ChnrSection(_Section):
     """CHNR: a discriminator trained on trusted pairs, weights, hashing heads."""
 
+    bits: int = Field(64, ge=0, description="length of the hash codes; 0 = ordinary heads, no codes")
+    weighting: Literal["nw", "ew", "dw", "ones"] = Field(
+        "ew",
+        description="weight by the discriminator's c: nw = c, ew = c cubed, dw = 1 above the threshold, ones = 1",
+    )
+    meta_share: float = Field(
+        0.5, ge=0, lt=1, description="share of the epochs in which the heads see trusted pairs only"
+    )
+    clusters: int = Field(
+        0, ge=0, description="clusters of the images whose captions are no fakes for each other; 0 = none"
+    )
+    view_dropout: float = Field(
+        0.5, ge=0, lt=1, description="share of features left out in the second view of each side; 0 = one view"
+    )
+    discriminator_steps: int = Field(300, ge=1, description="optimiser steps of the discriminator")
+    discriminator_batch: int = Field(128, ge=2, description="trusted pairs per batch; all where they are fewer")
+    discriminator_lr: float = Field(5e-4, gt=0, description="learning rate of AdamW; the author's is 1e-4")
+    discriminator_decay: float = Field(1e-3, ge=0, description="weight decay of the discriminator")
+    discriminator_hidden: int = Field(
+        512, ge=0, description="width of its three hidden layers; 0 = as many as inputs, the author's choice"
+    )
+    discriminator_dropout: float = Field(0.2, ge=0, lt=1, description="after each of its hidden layers")
+    penalty: float = Field(10.0, ge=0, description="weight of the gradient penalty")
+    hidden: int = Field(1024, ge=1, description="hidden units of the hash heads; the author's are 4096")
+    lr: float = Field(1e-3, gt=0, description="learning rate of the hash heads, Adam; the author's is 1e-4")
+    weight_decay: float = Field(5e-4, ge=0, description="of the hash heads")
+    temperature: float = Field(1.0, gt=0, description="divides cosines in the hash heads' contrastive loss")
+    quantisation: float = Field(1e-3, ge=0, description="beta, weight of the quantisation loss")
+
 
 class TowersSection(_Section):
     """Fine-tuning of whole open_clip towers, as RRSITR does it (towers = "full")."""
@@ -253,6 +282,8 @@ class TrainSection(_Section):
     def _ordered(self) -> TrainSection:
         if self.clean_at >= self.noisy_at:
             raise ValueError("clean_at must be below noisy_at")
+        if self.towers == "full" and self.method != "rrsitr":
+            raise ValueError('towers = "full" goes with method = "rrsitr" only')
         if self.first_counted_epoch > self.epochs:
             raise ValueError("first_counted_epoch must not be above epochs")
         return self

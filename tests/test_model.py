@@ -72,3 +72,19 @@ def test_a_file_that_is_cut_off_is_not_read(model, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(SafetensorError):
         Model.load(path)
+
+
+def test_a_model_without_heads_normalises_what_it_projects(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    image, caption = torch.randn(9, 7, generator=generator), 3 * torch.randn(4, 7, generator=generator)
+    plain = Model(None, Projection.identity(7), Projection.identity(7))
+    for vectors, found in zip((image, caption), plain.embed(image, caption), strict=True):
+        torch.testing.assert_close(found, vectors / vectors.norm(dim=1, keepdim=True))
+    path = tmp_path / "m.safetensors"
+    plain.save(path)
+    again = Model.load(path)
+    assert again.heads is None
+    for one, other in zip(plain.embed(image, caption), again.embed(image, caption), strict=True):
+        assert torch.equal(one, other)
+    again.save(tmp_path / "n.safetensors")
+    assert (tmp_path / "n.safetensors").read_bytes() == path.read_bytes()

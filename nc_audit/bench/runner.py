@@ -34,6 +34,8 @@ from nc_audit.recipe import Recipe, build_recipe
 from nc_audit.run import digest_of, write_parquet
 
 RESULTS = "results.jsonl"
+CUT = " #cut"
+"""Ends a line that a kill left unfinished, once a later bench has found it."""
 
 
 class Watcher(Protocol):
@@ -143,6 +145,8 @@ def bench_dataset(
         if kind not in KINDS:
             raise RecipeError(f"unknown kind of noise {kind!r}", nearest(kind, KINDS))
     layers = Layers(base, settings or {}, overrides)
+    if any(layers.recipe(spec).train.towers == "full" for spec in grid.recipes):
+        raise RecipeError('the bench trains on frozen embeddings, not train.towers = "full"', "leave it out")
     recipes = [
         layers.recipe(spec) for spec in grid.recipes
     ]  # a wrong one is told before anything is embedded
@@ -247,8 +251,8 @@ def bench(
                     result["downstream"] = downstream(
                         verdict, corrupted, corpus.test_set(corrupted.text_encoder), recipe
                     )
-            _append(out, result)
-            known[key] = result
+            known[key] = _plain(result)
+            _append(out, known[key])
         results.append(known[key])
     watch.progress("bench", len(jobs), len(jobs))
     return results
@@ -262,10 +266,10 @@ def _retrieval(verdict: Verdict, test: Split) -> dict[str, float]:
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """All results a bench folder holds; a line cut off by a kill does not count.
+    """All results a bench folder holds; what a kill cut off, and was marked as such since, does not count.
 
     Raises:
-        RecipeError: a line other than the last is no result.
+        RecipeError: a line is no result.
     """
     path = out / RESULTS
     if not path.is_file():
@@ -276,7 +280,7 @@ def read_results(out: Path) -> list[dict[str, Any]]:
         try:
             results.append(json.loads(line))
         except ValueError as problem:
-            if number < len(lines):
+            if number < len(lines) and not line.endswith(CUT):
                 raise RecipeError(f"{path}: line {number} is no result", "move the file away") from problem
     return results
 
@@ -288,8 +292,8 @@ def _append(out: Path, result: dict[str, Any]) -> None:
         file.seek(0)
         text = file.read()
         if text and not text.endswith("\n"):
-            file.write("\n")
-        file.write(json.dumps(_plain(result)) + "\n")
+            file.write(f"{CUT}\n")
+        file.write(json.dumps(result) + "\n")
         file.flush()
 
 

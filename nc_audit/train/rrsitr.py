@@ -10,14 +10,17 @@ Shapes: I = images; C = captions; N = pairs; B = batch; T = tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from nc_audit.methods import contrastive
-from nc_audit.methods.division import divided_objective, total_loss
+from nc_audit.methods.division import Divided, divided_objective, total_loss
 from nc_audit.methods.local_similarity import gram_vector, local_similarity, own_local_similarity, rooted
 from nc_audit.methods.matching import Matches, match
 from nc_audit.methods.mixture import clean_posterior
+from nc_audit.methods.projections import Projection
 from nc_audit.methods.self_paced import divide, divided_weight
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
@@ -33,6 +36,7 @@ from nc_audit.train.loop import (
     new_heads,
     silent,
 )
+from nc_audit.train.towers import TowerOutputs
 
 LOCAL_WIDTH = 32
 
@@ -76,6 +80,8 @@ def train_rrsitr(inputs: Inputs, settings: TrainSection, progress: Progress = si
     Raises:
         TrainingError: a loss is not finite.
     """
+    if settings.towers == "full":
+        return _judge_towers(inputs, settings)
     own, pairs, num = settings.rrsitr, inputs.pairs, len(inputs.pairs)
     tokens = (inputs.image_tokens, inputs.caption_tokens) if own.local else (None, None)
     image_tokens, caption_tokens = tokens
@@ -102,20 +108,7 @@ def train_rrsitr(inputs: Inputs, settings: TrainSection, progress: Progress = si
                 local_BB = local_similarity(*local.grams(image_tokens[image], caption_tokens[caption]))
             if is_warming:
                 return total_loss(cosine_BB, local_BB, counts_BB, own.scale).mean()
-            return divided_objective(
-                cosine_BB,
-                local_BB,
-                counts_BB,
-                scale=own.scale,
-                clean_at=settings.clean_at,
-                noisy_at=settings.noisy_at,
-                ambiguous_factor=settings.ambiguous_factor,
-                triplet_factor=own.triplet_factor,
-                margin=own.margin,
-                is_paced=own.self_paced,
-                has_ambiguous=own.ambiguous,
-                has_triplet=own.triplet,
-            ).objective
+            return _divided(cosine_BB, local_BB, counts_BB, settings).objective
 
         trajectory = Trajectory()
         total, mean_loss = Matches.zeros(num), torch.zeros(num)
@@ -167,6 +160,69 @@ def train_rrsitr(inputs: Inputs, settings: TrainSection, progress: Progress = si
     facts = {"logit_scale": own.scale, "num_candidates": num_candidates, "local": local is not None}
     model = Model(heads, inputs.image_projection, inputs.caption_projection)
     return Judgement(given, {}, facts, trajectory, model)
+
+
+def _divided(
+    cosine_BB: Tensor, local_BB: Tensor | None, counts_BB: Tensor, settings: TrainSection
+) -> Divided:
+    own = settings.rrsitr
+    return divided_objective(
+        cosine_BB,
+        local_BB,
+        counts_BB,
+        scale=own.scale,
+        clean_at=settings.clean_at,
+        noisy_at=settings.noisy_at,
+        ambiguous_factor=settings.ambiguous_factor,
+        triplet_factor=own.triplet_factor,
+        margin=own.margin,
+        is_paced=own.self_paced,
+        has_ambiguous=own.ambiguous,
+        has_triplet=own.triplet,
+    )
+
+
+def tower_objective(settings: TrainSection) -> Callable[[TowerOutputs], Tensor]:
+    """RRSITR's objective on a batch of whole towers; pretrained towers need no warm-up.
+
+    Args:
+        settings: the recipe's `train` section.
+    """
+    own = settings.rrsitr
+
+    def objective(outputs: TowerOutputs) -> Tensor:
+        counts_BB = contrastive.negatives_mask(outputs.image_B, outputs.caption_B)
+        patches, words, is_word = outputs.image_tokens_BPD, outputs.caption_tokens_BLD, outputs.is_word_BL
+        local_BB = None
+        if own.local and patches is not None and words is not None and is_word is not None:
+            local_BB = local_similarity(
+                gram_vector(patches, is_mean=own.local_mean),
+                gram_vector(words * is_word[:, :, None], is_mean=own.local_mean),
+            )
+        return _divided(outputs.image_BD @ outputs.caption_BD.T, local_BB, counts_BB, settings).objective
+
+    return objective
+
+
+def _judge_towers(inputs: Inputs, settings: TrainSection) -> Judgement:
+    """The pairs by tuned towers themselves, as the paper scores: no heads, global similarities only."""
+    num_candidates, scale = len(inputs.candidates.caption_M), settings.rrsitr.scale
+    dims = inputs.image_ID.shape[1]
+    model = Model(None, Projection.identity(dims), Projection.identity(dims))
+    with torch.inference_mode():
+        vectors = model.embed(inputs.image_ID, inputs.caption_CD)
+        asked = (inputs.pairs.image_N, inputs.pairs.caption_N)
+        found = match(*vectors, scale, inputs.candidates, asked)[0]
+    columns = columns_of(found, num_candidates)
+    relative = columns["relative_loss"]
+    given = columns | {
+        "weight": divided_weight(relative, settings.clean_at, settings.noisy_at, settings.ambiguous_factor),
+        "fused_similarity": columns["similarity"],
+        "noise_score": relative,
+        "noise_probability": 1 - clean_posterior(relative),
+    }
+    facts = {"logit_scale": scale, "num_candidates": num_candidates, "local": False}
+    return Judgement(given, {}, facts, Trajectory(), model)
 
 
 def _local_loss(

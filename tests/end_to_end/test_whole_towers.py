@@ -1,0 +1,137 @@
+"""`train.towers = "full"` through the pipeline, on a small untrained open_clip model; pretrained ones and GPUs are not
+at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+
+from nc_audit.errors import RecipeError
+from nc_audit.pipeline import score_dataset
+from nc_audit.recipe import build_recipe
+from nc_audit.run import file_digest
+
+NAME = "whole-towers"
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    (folder / f"{NAME}.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model(NAME, load_weights=False)
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "m.safetensors"
+    )
+    return folder / "m.safetensors"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Images of two colours with captions that name them, every fifth caption of another image."""
+    folder = tmp_path_factory.mktemp("colours")
+    generator = np.random.default_rng(0)
+    names, rows = list(COLOURS), ["image,caption,known_noise"]
+    for number in range(120):
+        upper, lower = generator.integers(0, 4, 2)
+        pixels = np.zeros((32, 32, 3), np.int64)
+        pixels[:16], pixels[16:] = COLOURS[names[upper]], COLOURS[names[lower]]
+        pixels += generator.integers(-15, 15, pixels.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        is_noisy = number % 5 == 0
+        if is_noisy:
+            upper, lower = (upper + 1) % 4, (lower + 2) % 4
+        rows.append(f"{number}.png,{names[upper]} above {names[lower]},{is_noisy}")
+    (folder / "captions.csv").write_text("\n".join(rows))
+    return folder
+
+
+def recipe(weights: Path, **changes: str):
+    settings = {
+        "train.towers": '"full"',
+        "train.tower.epochs": "12",
+        "train.tower.batch": "20",
+        "train.tower.lr": "2e-3",
+        "train.tower.weight_decay": "0.1",
+        "train.tower.checkpoint_every": "7",
+        "score.candidates": "100",
+    } | changes
+    encoder = f"open_clip:{NAME}@{weights}"
+    return build_recipe(
+        ["rrsitr"],
+        [f"{key}={value}" for key, value in settings.items()],
+        {"image": {"encoder": encoder}, "text": {"encoder": encoder}},
+    )
+
+
+class _Killed(BaseException):
+    pass
+
+
+class KilledAt:
+    """A watcher under which tuning dies at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def note(self, text: str) -> None:
+        pass
+
+    warn = note
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        if "tune" in what and done == self.step:
+            raise _Killed
+
+
+@pytest.mark.slow
+def test_tuned_towers_score_the_pairs_and_a_killed_tuning_ends_with_the_same_bytes(
+    weights, dataset, tmp_path
+):
+    summary = score_dataset(dataset, tmp_path / "run", recipe(weights), device="cpu", precision="fp32")
+    assert summary["pairs"] == 120
+    scores = pq.read_table(tmp_path / "run" / "scores.parquet")
+    truth = pq.read_table(tmp_path / "run" / "pairs.parquet")["known_noise"].to_pylist()
+    assert roc_auc_score(truth, scores["noise_score"].to_numpy()) > 0.85
+    frozen = recipe(weights, **{"train.towers": '"frozen"', "train.steps": "12", "train.epochs": "4"})
+    score_dataset(dataset, tmp_path / "frozen", frozen, device="cpu", precision="fp32")
+    untuned = pq.read_table(tmp_path / "frozen" / "scores.parquet")
+    assert not untuned["similarity"].equals(scores["similarity"])
+    with pytest.raises(_Killed):
+        score_dataset(
+            dataset, tmp_path / "killed", recipe(weights), device="cpu", precision="fp32", watch=KilledAt(20)
+        )
+    assert not (tmp_path / "killed" / "scores.parquet").exists()
+    score_dataset(dataset, tmp_path / "killed", recipe(weights), device="cpu", precision="fp32")
+    for name in ("pairs.parquet", "scores.parquet", "tags.parquet", "model/towers.safetensors"):
+        assert file_digest(tmp_path / "run" / name) == file_digest(tmp_path / "killed" / name), name
+
+
+def test_towers_that_are_not_aligned_are_refused(weights, dataset, tmp_path):
+    mixed = recipe(weights)
+    mixed = mixed.model_copy(update={"text": mixed.text.model_copy(update={"encoder": "tfidf"})})
+    with pytest.raises(RecipeError) as caught:
+        score_dataset(dataset, tmp_path / "run", mixed, device="cpu", precision="fp32")
+    assert caught.value.message.startswith('train.towers = "full" tunes an open_clip model, not open_clip:')
+
+
+def test_other_methods_do_not_tune_towers(weights):
+    with pytest.raises(RecipeError) as caught:
+        recipe(weights, **{"train.method": '"ncr"'})
+    assert 'towers = "full" goes with method = "rrsitr" only' in caught.value.message
