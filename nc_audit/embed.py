@@ -417,6 +417,7 @@ class Decoding:
         )  # width and height; twice, so that the encoder's own resizing decides
 
     def __call__(self, position: int) -> tuple[Tensor | None, Exception | None]:
+        """The preprocessed image at a position, or None and why."""
         try:
             data = self.read(position)
         except OSError as problem:

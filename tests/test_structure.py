@@ -41,10 +41,12 @@ ALSO = {
         "nc_audit.encoders",
         "nc_audit.tokens",
         "nc_audit.train",
+        "nc_audit.train.loop",
+        "nc_audit.train.self_paced",
         "nc_audit.score",
         "nc_audit.calibrate",
         "nc_audit.model",
-        "nc_audit.tag",
+        "nc_audit.pipeline",
     },
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders"},
 }

@@ -9,10 +9,10 @@ Shapes: I = images; C = captions; N = pairs; M = candidates; Q = queries of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +31,14 @@ class Pairs:
 
     @classmethod
     def of_arrays(
-        cls, image_N: np.ndarray, caption_N: np.ndarray, num_images: int, num_captions: int
+        cls, image_N: Sequence[int] | Any, caption_N: Sequence[int] | Any, num_images: int, num_captions: int
     ) -> Pairs:
-        """Pairs from index arrays, which are copied."""
+        """Pairs from indices in lists or arrays, which are copied."""
         return cls(
-            torch.from_numpy(image_N.copy()), torch.from_numpy(caption_N.copy()), num_images, num_captions
+            torch.tensor(image_N, dtype=torch.long),
+            torch.tensor(caption_N, dtype=torch.long),
+            num_images,
+            num_captions,
         )
 
     def select(self, at: Tensor) -> Pairs:
