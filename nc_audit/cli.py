@@ -476,7 +476,12 @@ def bench(
         str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
     ] = "auto",
     format: Annotated[
-        str, typer.Option("--format", metavar="table|md", help="How to print the tables.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="table|md|long",
+            help="A matrix per quantity, the same in Markdown, or a line per cell.",
+        ),
     ] = "table",
     json: JsonOption = False,
 ) -> None:
@@ -487,8 +492,8 @@ def bench(
     from nc_audit import console
     from nc_audit.bench.runner import Grid, bench_dataset
 
-    if format not in ("table", "md"):
-        raise DatasetError(f"unknown table format {format!r}", "table or md")
+    if format not in ("table", "md", "long"):
+        raise DatasetError(f"unknown table format {format!r}", "table, md or long")
     settings = {
         "dataset": {"image_root": str(image_root) if image_root else None, "split": split, "limit": limit},
         "image": {
@@ -521,7 +526,7 @@ def bench(
     if json:
         console.print_json(results)
     else:
-        console.show_bench(results, as_markdown=format == "md")
+        console.show_bench(results, format)
 
 
 @command("evaluate")

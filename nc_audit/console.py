@@ -253,25 +253,38 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         )
 
 
-def show_bench(results: Sequence[Mapping[str, Any]], *, as_markdown: bool) -> None:
-    """The tables of a bench, to stdout."""
+def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:
+    """The tables of a bench, to stdout.
+
+    Args:
+        results: its lines.
+        form: table (a matrix per quantity), md (the same in Markdown) or long (a line per cell and recipe).
+    """
     from nc_audit.bench import tables
 
-    parts = [("detection", tables.detection_table(tables.summarise(results)))]
+    rows = tables.summarise(results)
+    parts = [("detection", tables.detection_table(rows))]
+    if form != "long":
+        parts = [
+            ("", tables.matrix(rows, name)) for name in tables.SHOWN if any(name in r.mean for r in rows)
+        ]
     retrieval = tables.summarise(results, "retrieval")
     if retrieval:
         parts.append(("retrieval on the clean test split, per cent", tables.retrieval_table(retrieval)))
-    for name, rows in (("downstream", tables.summarise(results, "downstream")),):
-        if rows:
-            ways = ("raw", "random_drop", "drop_noisy", "reweight", "oracle")
-            parts.append((f"{name}: mean recall of plain models, per cent", tables.named_table(rows, ways)))
+    downstream = tables.summarise(results, "downstream")
+    if downstream:
+        ways = ("raw", "random_drop", "drop_noisy", "reweight", "oracle")
+        title = "plain models trained on what the recipe would export: mean recall, per cent"
+        parts.append((title, tables.named_table(downstream, ways)))
     for title, (heads, cells) in parts:
-        if as_markdown:
-            print_data(f"{title}\n\n{tables.markdown(heads, cells)}\n")
-        else:
+        if form == "md":
+            print_data((f"{title}\n\n" if title else "") + tables.markdown(heads, cells) + "\n")
+            continue
+        if title:
             out().print(Text(title, "bold"))
-            show_listing(heads, cells)
-    if not as_markdown:
+        show_listing(heads, cells)
+        out().print()
+    if form != "md":
         out().print(Text("* best of its kind and rate; ± is the deviation over seeds", "dim"))
 
 

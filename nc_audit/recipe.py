@@ -92,7 +92,7 @@ class SremSection(_Section):
     )
     complementary_factor: float = Field(1.0, ge=0, description="lambda_cm, weight of complementary learning")
     complementary_temperature: float = Field(
-        0.1, gt=0, description="tau_b, bias of complementary learning; high: all negatives alike"
+        0.05, gt=0, description="tau_b, bias of complementary learning; high: all negatives alike"
     )
     energy_factor: float = Field(0.1, ge=0, description="lambda_eb, weight of the energy separation")
     energy_quantiles: tuple[float, float] = Field(

@@ -132,6 +132,8 @@ SCORES = pa.schema(
 METHOD_COLUMNS: dict[str, pa.Field] = {
     field.name: field
     for field in (
+        _field("image_novelty", _F, "tsvc: how unusual the image is; higher = rarer", unit="nats"),
+        _field("caption_novelty", _F, "tsvc: how unusual the caption is; higher = rarer", unit="nats"),
         _field(
             "energy_posterior",
             _F,
@@ -188,7 +190,13 @@ TRAJECTORY = pa.schema(
             "1-based; folds are scored by heads that did not train on the pair",
             nullable=False,
         ),
-        _field("loss", _F, "loss of the pair after this epoch; held out in the default method", unit="nats, 0..", nullable=False),
+        _field(
+            "loss",
+            _F,
+            "loss of the pair after this epoch; held out in the default method",
+            unit="nats, 0..",
+            nullable=False,
+        ),
         _field("weight", _F, "training weight in this epoch's batches", unit="0..1", nullable=False),
         _field(
             "division", pa.string(), "clean, ambiguous or noisy by the pace's two thresholds", nullable=False

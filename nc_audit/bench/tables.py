@@ -20,6 +20,9 @@ COLUMNS: dict[str, tuple[str, int, str]] = {
 }
 """Quantity to heading, which direction is better (1 up, -1 down, 0 nearer zero where it may be negative), format."""
 
+SHOWN = ("auroc", "f1", "rate_error", "ece", "seconds")
+"""Quantities that the bench shows as matrices."""
+
 RETRIEVAL = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mr", "rsum")
 
 
@@ -67,6 +70,41 @@ def detection_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return _table(rows, COLUMNS)
 
 
+def matrix(rows: Sequence[Row], name: str) -> tuple[list[str], list[list[str]]]:
+    """One quantity: a line per recipe, a column per kind and rate, the best of each column marked.
+
+    Args:
+        rows: of `summarise`.
+        name: a key of `COLUMNS`.
+    """
+    _, direction, form = COLUMNS[name]
+    cells = list(dict.fromkeys((row.kind, row.rate) for row in rows if name in row.mean))
+    held = {(row.recipe, row.kind, row.rate): row for row in rows if name in row.mean}
+    recipes = list(dict.fromkeys(row.recipe for row in rows))
+    best = {
+        cell: max(_merit(held[one, *cell].mean[name], direction) for one in recipes if (one, *cell) in held)
+        for cell in cells
+    }
+    lines = []
+    for one in recipes:
+        line = [one]
+        for cell in cells:
+            row = held.get((one, *cell))
+            if row is None:
+                line.append("")
+                continue
+            is_best = _merit(row.mean[name], direction) == best[cell] and len(recipes) > 1
+            line.append(_number(row, name, form) + ("*" if is_best else ""))
+        lines.append(line)
+    heads = [f"{kind} {rate:.0%}" if rate > 0 else "0%" for kind, rate in cells]
+    return [COLUMNS[name][0], *heads], lines
+
+
+def _number(row: Row, name: str, form: str) -> str:
+    text = format(row.mean[name], form)
+    return text + (f" ±{format(row.spread[name], form.lstrip('+'))}" if row.seeds > 1 else "")
+
+
 def retrieval_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the retrieval table, per cent, best values marked with an asterisk."""
     return _table(rows, {name: (name.replace("_r", " R@"), 1, ".1f") for name in RETRIEVAL})
@@ -95,11 +133,8 @@ def _table(
             if name not in row.mean:
                 line.append("")
                 continue
-            text = format(row.mean[name], form)
-            if row.seeds > 1:
-                text += f" ±{format(row.spread[name], form.lstrip('+'))}"
             is_best = _merit(row.mean[name], direction) == best[row.kind, row.rate, name]
-            line.append(text + ("*" if is_best and not alone else ""))
+            line.append(_number(row, name, form) + ("*" if is_best and not alone else ""))
         cells.append(line)
     return heads, cells
 

@@ -81,6 +81,46 @@ def swapped_entropy(image_entropy_B: Tensor, caption_entropy_B: Tensor) -> tuple
     return caption_entropy_B, image_entropy_B
 
 
+def relative_energy(energy_B: Tensor, num_candidates_B: Tensor) -> Tensor:
+    """Energy that does not depend on how many candidates there were: minus the log of their mean weight.
+
+    Args:
+        energy_B: `energy`, shape [B].
+        num_candidates_B: candidates that counted, shape [B] or [1], 1..
+
+    Returns:
+        Shape [B], nats, unbounded; higher = less certain. Repeating every candidate changes nothing.
+
+    Example:
+        >>> relative_energy(energy(torch.zeros(1, 4)), torch.tensor([4]))
+        tensor([0.])
+    """
+    return energy_B + num_candidates_B.to(energy_B.dtype).log()
+
+
+def energy_separation(energy_B: Tensor, is_clean_B: Tensor, clean_below: float, noisy_above: float) -> Tensor:
+    """Squared hinge that pulls the energy of clean pairs below one bound and lifts that of others above another.
+
+    Args:
+        energy_B: energy uncertainty, shape [B].
+        is_clean_B: which pairs are thought clean, bool, shape [B].
+        clean_below: m_c, the bound for clean pairs, nats.
+        noisy_above: m_n, the bound for the others, above m_c.
+
+    Returns:
+        Shape [B], nats squared, 0..; [U - m_c]_+^2 for clean pairs, [m_n - U]_+^2 for the others.
+
+    Source:
+        the standard form for energies (Liu et al. 2020), as SREM (AAAI 2024) is remembered to use it.
+
+    Example:
+        >>> energy_separation(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.5, 3.0)
+        tensor([0.2500, 4.0000])
+    """
+    excess_B = torch.where(is_clean_B, energy_B - clean_below, noisy_above - energy_B)
+    return torch.relu(excess_B).square()
+
+
 def chance_loss(num_candidates: int) -> float:
     """Loss of a uniform guess over M candidates: ln M, nats.
 
