@@ -255,6 +255,77 @@ def test_the_best_is_marked_in_its_direction():
     assert text.splitlines()[1] == "|" + "---|" * len(heads)
 
 
+def test_a_matrix_has_a_line_per_recipe_and_marks_the_best_of_each_column():
+    more = [{"recipe": "b", "kind": "none", "rate": 0.0, "seed": 0, "auroc": None, "rate_error": 0.01}]
+    heads, cells = tables.matrix(tables.summarise([*RESULTS, *more]), "auroc")
+    assert heads == ["AUROC", "caption 40%"], "a control has no AUROC and no column"
+    assert cells == [["a", "0.910 ±0.014*"], ["b", "0.890"]]
+    heads, cells = tables.matrix(tables.summarise([*RESULTS, *more]), "rate_error")
+    assert heads == ["rate error", "caption 40%", "0%"]
+    assert cells == [["a", "-0.110 ±0.014", ""], ["b", "+0.020*", "+0.010*"]]
+
+
 def test_a_recipe_alone_is_not_called_the_best():
     _, cells = tables.detection_table(tables.summarise(RESULTS[:1]))
     assert not any(cell.endswith("*") for cell in cells[0])
+
+
+# --- the commands
+
+
+def invoke(*args: str | Path, cwd: Path, monkeypatch) -> str:
+    """What a command prints on stdout, in this process."""
+    from typer.testing import CliRunner  # noqa: TID251
+
+    from nc_audit.cli import app
+
+    monkeypatch.chdir(cwd)
+    done = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def flags(encoders: dict) -> list[str]:
+    image = encoders["image"]
+    settings = [*SMALL, f"image.size={image['size']}"]
+    return [
+        *(
+            "--image-encoder",
+            image["encoder"],
+            "--image-weights",
+            image["weights"],
+            "--text-encoder",
+            "tfidf",
+        ),
+        *(part for one in settings for part in ("--set", one)),
+    ]
+
+
+def test_bench_prints_a_matrix_per_quantity_and_json_alone(clean, out, encoders, monkeypatch):
+    grid = ["--rates", "0,30%", "--recipes", "similarity,lemon", "--out", out, *flags(encoders)]
+    shown = invoke("bench", clean, *grid, cwd=out.parent, monkeypatch=monkeypatch)
+    heads = [line.split() for line in shown.splitlines() if "caption 30%" in line]
+    assert [line[0] for line in heads] == ["AUROC", "F1", "rate", "ECE", "seconds"]
+    text = invoke("bench", clean, *grid, "--json", cwd=out.parent, monkeypatch=monkeypatch)
+    results = json.loads(text)
+    assert {(one["recipe"], one["rate"]) for one in results} == {
+        (recipe, rate) for recipe in ("similarity", "lemon") for rate in (0.0, 0.3)
+    }
+    markdown = invoke("bench", clean, *grid, "--format", "md", cwd=out.parent, monkeypatch=monkeypatch)
+    assert markdown.splitlines()[0] == "| AUROC | caption 30% |"
+
+
+def test_evaluate_measures_a_split_and_says_when_it_was_trained_on(clean, tmp_path, encoders, monkeypatch):
+    settings = ["--recipe", "similarity", *flags(encoders)]
+    invoke("score", clean, "--split", "train", *settings, cwd=tmp_path, monkeypatch=monkeypatch)
+    unseen = json.loads(
+        invoke("evaluate", "--split", "test", "--json", cwd=tmp_path, monkeypatch=monkeypatch)
+    )
+    assert unseen["trained_on"] == 0
+    assert (unseen["images"], unseen["pairs"]) == (18, 36)
+    assert unseen["retrieval"]["rsum"] == pytest.approx(6 * unseen["retrieval"]["mr"])
+    seen = json.loads(invoke("evaluate", "--split", "train", "--json", cwd=tmp_path, monkeypatch=monkeypatch))
+    assert seen["trained_on"] == 1
+    shown = invoke("evaluate", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert "all rows: 90 images" in shown
+    assert "80.0 % of these pairs sat in the training of the run" in shown
