@@ -34,6 +34,49 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")
 ]
 
+RecipeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", help="Recipe; repeatable, later ones override earlier ones."
+    ),
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option("--encoder", metavar="SPEC", help="Encoder of images and captions, e.g. auto, builtin."),
+]
+ImageEncoderOption = Annotated[
+    str | None, typer.Option("--image-encoder", metavar="SPEC", help="Image encoder.")
+]
+ImageWeightsOption = Annotated[
+    Path | None,
+    typer.Option("--image-weights", metavar="FILE", help="Local weights of the image encoder."),
+]
+TextEncoderOption = Annotated[
+    str | None, typer.Option("--text-encoder", metavar="SPEC", help="Text encoder.")
+]
+TextWeightsOption = Annotated[
+    Path | None, typer.Option("--text-weights", metavar="FILE", help="Local weights of the text encoder.")
+]
+SplitOption = Annotated[str | None, typer.Option("--split", metavar="NAME", help="This split only.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="The first N rows only.")]
+ImageRootOption = Annotated[
+    Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
+]
+ImageColumnOption = Annotated[
+    str | None, typer.Option("--image-column", metavar="NAME", help="Column with the image.")
+]
+CaptionColumnOption = Annotated[
+    str | None, typer.Option("--caption-column", metavar="NAME", help="Column with the caption.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
+]
+
 EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 70, 130
 
 
@@ -120,63 +163,29 @@ def score(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; runs/NAME when not given.")
     ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe", metavar="NAME|FILE", help="Recipe; repeatable, later ones override earlier ones."
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option("--encoder", metavar="SPEC", help="Encoder of images and captions, e.g. auto, builtin."),
-    ] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option("--image-encoder", metavar="SPEC", help="Image encoder.")
-    ] = None,
-    image_weights: Annotated[
-        Path | None,
-        typer.Option("--image-weights", metavar="FILE", help="Local weights of the image encoder."),
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option("--text-encoder", metavar="SPEC", help="Text encoder.")
-    ] = None,
-    text_weights: Annotated[
-        Path | None, typer.Option("--text-weights", metavar="FILE", help="Local weights of the text encoder.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Audit this split only.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Audit the first N rows only.")
-    ] = None,
-    image_root: Annotated[
-        Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image-column", metavar="NAME", help="Column with the image.")
-    ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option("--caption-column", metavar="NAME", help="Column with the caption.")
-    ] = None,
+    recipe: RecipeOption = None,
+    encoder: EncoderOption = None,
+    image_encoder: ImageEncoderOption = None,
+    image_weights: ImageWeightsOption = None,
+    text_encoder: TextEncoderOption = None,
+    text_weights: TextWeightsOption = None,
+    split: SplitOption = None,
+    limit: LimitOption = None,
+    image_root: ImageRootOption = None,
+    image_column: ImageColumnOption = None,
+    caption_column: CaptionColumnOption = None,
     trusted: Annotated[
         Path | None,
         typer.Option(
             "--trusted", metavar="FILE", help="Pairs known to be right: csv, jsonl or Parquet (recipe chnr)."
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
-    ] = None,
+    set_: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Start over instead of resuming.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -191,18 +200,14 @@ def score(
 
     settings = {
         "dataset": {
-            "image_root": str(image_root) if image_root else None,
+            "image_root": _path(image_root),
             "image_column": image_column,
             "caption_column": caption_column,
             "split": split,
             "limit": limit,
-            "trusted": str(trusted) if trusted else None,
+            "trusted": _path(trusted),
         },
-        "image": {
-            "encoder": image_encoder or encoder,
-            "weights": str(image_weights) if image_weights else None,
-        },
-        "text": {"encoder": text_encoder or encoder, "weights": str(text_weights) if text_weights else None},
+        **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, text_weights),
         "train": {"seed": seed},
     }
     built = build_recipe(recipe or (), set_ or (), settings)
@@ -439,42 +444,17 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Bench folder; bench/NAME when not given.")
     ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe", metavar="NAME|FILE", help="What all recipes start from, e.g. their encoders."
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", metavar="SPEC", help="Encoder of images and captions.")
-    ] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option("--image-encoder", metavar="SPEC", help="Image encoder.")
-    ] = None,
-    image_weights: Annotated[
-        Path | None,
-        typer.Option("--image-weights", metavar="FILE", help="Local weights of the image encoder."),
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option("--text-encoder", metavar="SPEC", help="Text encoder.")
-    ] = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Use this split only.")] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Use the first N rows only.")
-    ] = None,
-    image_root: Annotated[
-        Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="section.key=value", help="Override a setting of all recipes."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
-    ] = "auto",
+    recipe: RecipeOption = None,
+    encoder: EncoderOption = None,
+    image_encoder: ImageEncoderOption = None,
+    image_weights: ImageWeightsOption = None,
+    text_encoder: TextEncoderOption = None,
+    split: SplitOption = None,
+    limit: LimitOption = None,
+    image_root: ImageRootOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     format: Annotated[
         str,
         typer.Option(
@@ -495,12 +475,8 @@ def bench(
     if format not in ("table", "md", "long"):
         raise DatasetError(f"unknown table format {format!r}", "table, md or long")
     settings = {
-        "dataset": {"image_root": str(image_root) if image_root else None, "split": split, "limit": limit},
-        "image": {
-            "encoder": image_encoder or encoder,
-            "weights": str(image_weights) if image_weights else None,
-        },
-        "text": {"encoder": text_encoder or encoder},
+        "dataset": {"image_root": _path(image_root), "split": split, "limit": limit},
+        **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, None),
     }
     grid = Grid(
         kinds=tuple(_listed(kinds) or ()),
@@ -536,12 +512,8 @@ def evaluate(
         str | None,
         typer.Option("--split", metavar="NAME", help="Split of the run's dataset; all rows when not given."),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Precision of the encoders.")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Measure retrieval by the run's trained model: R@1/5/10 both ways, mR, rSum; mAP@20 of hashing recipes.
@@ -683,6 +655,23 @@ def _open(run: Path | None) -> Any:
 
 def _listed(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _path(path: Path | None) -> str | None:
+    return str(path) if path else None
+
+
+def _encoder_settings(
+    encoder: str | None,
+    image_encoder: str | None,
+    image_weights: Path | None,
+    text_encoder: str | None,
+    text_weights: Path | None,
+) -> dict[str, Any]:
+    return {
+        "image": {"encoder": image_encoder or encoder, "weights": _path(image_weights)},
+        "text": {"encoder": text_encoder or encoder, "weights": _path(text_weights)},
+    }
 
 
 def _share(text: str) -> float:

@@ -15,6 +15,7 @@ from nc_audit.run import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nc_audit.methods.hashing import HashHeads
     from nc_audit.methods.heads import Heads
     from nc_audit.methods.projections import Projection
 
@@ -24,9 +25,10 @@ class Model:
     """Final heads with the projections of their inputs.
 
     Without heads (None) the projections alone lead to one space, as those of aligned encoders do.
+    Of hash heads, the signs of the unit vectors are the codes (`methods.hashing.binary_codes`).
     """
 
-    heads: Heads | None
+    heads: Heads | HashHeads | None
     image_projection: Projection
     caption_projection: Projection
 
@@ -71,15 +73,16 @@ class Model:
         """Read a model that `save` wrote."""
         from safetensors import safe_open
 
+        from nc_audit.methods.hashing import HashHeads
         from nc_audit.methods.heads import Heads
         from nc_audit.methods.projections import Projection
 
         with safe_open(path, "pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        heads = None
+        heads: Heads | HashHeads | None = None
         if sizes is not None:
-            heads = Heads(**sizes)
+            heads = HashHeads(**sizes) if "bits" in sizes else Heads(**sizes)
             heads.load_state_dict(
                 {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
             )

@@ -179,11 +179,11 @@ class ChnrSection(_Section):
         0, ge=0, description="clusters of the images whose captions are no fakes for each other; 0 = none"
     )
     view_dropout: float = Field(
-        0.5, ge=0, lt=1, description="share of features left out in the second view of each side; 0 = one view"
+        0.3, ge=0, lt=1, description="share of features left out in the second view of each side; 0 = one view"
     )
-    discriminator_steps: int = Field(300, ge=1, description="optimiser steps of the discriminator")
+    discriminator_steps: int = Field(400, ge=1, description="optimiser steps of the discriminator")
     discriminator_batch: int = Field(128, ge=2, description="trusted pairs per batch; all where they are fewer")
-    discriminator_lr: float = Field(5e-4, gt=0, description="learning rate of AdamW; the author's is 1e-4")
+    discriminator_lr: float = Field(1e-3, gt=0, description="learning rate of AdamW; the author's is 1e-4")
     discriminator_decay: float = Field(1e-3, ge=0, description="weight decay of the discriminator")
     discriminator_hidden: int = Field(
         512, ge=0, description="width of its three hidden layers; 0 = as many as inputs, the author's choice"
