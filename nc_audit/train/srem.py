@@ -28,8 +28,8 @@ from nc_audit.methods.uncertainty import (
     swapped_entropy,
 )
 from nc_audit.recipe import SremSection, TrainSection
+from nc_audit.train.hinge import judgement, network
 from nc_audit.train.loop import Inputs, Judgement, Plan, Progress, Trainer, Trajectory, silent
-from nc_audit.train.ncr import judgement, network
 
 
 @dataclass(frozen=True)

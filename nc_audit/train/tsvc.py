@@ -23,8 +23,8 @@ from nc_audit.methods.mixture import clean_posterior
 from nc_audit.methods.mutual_information import GaussianDependence, trimmed_dependence
 from nc_audit.methods.projections import principal_projection
 from nc_audit.recipe import TrainSection, TsvcSection
+from nc_audit.train.hinge import Lesson, View, judgement, lesson_loss, network, warm_up_loss
 from nc_audit.train.loop import Inputs, Judgement, Plan, Progress, Trainer, Trajectory, silent
-from nc_audit.train.ncr import Lesson, View, judgement, lesson_loss, network, warm_up_loss
 
 COORDINATOR, MASTER, ASSISTANT = range(3)
 

@@ -10,8 +10,9 @@ from nc_audit.methods.matching import Matches
 from nc_audit.methods.soft_margin import hinge_loss, margin_prediction, soft_margin_loss
 from nc_audit.recipe import NcrSection, build_recipe
 from nc_audit.train import train
+from nc_audit.train.hinge import Lesson, View, batched_hinge, lesson_loss, network
 from nc_audit.train.loop import Inputs, Judgement, Plan
-from nc_audit.train.ncr import Lesson, View, batched_hinge, co_teach, lesson_loss, network, train_ncr
+from nc_audit.train.ncr import co_teach, train_ncr
 
 SHORT = QUICK.model_copy(update={"steps": 10, "epochs": 4, "ncr": NcrSection(warm_up_epochs=2)})
 

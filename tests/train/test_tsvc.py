@@ -8,8 +8,8 @@ from planted import QUICK, Planted, inputs_of
 from nc_audit.methods.matching import Matches
 from nc_audit.recipe import TsvcSection, build_recipe
 from nc_audit.train import train
+from nc_audit.train.hinge import View
 from nc_audit.train.loop import Inputs, Judgement
-from nc_audit.train.ncr import View
 from nc_audit.train.tsvc import ASSISTANT, COORDINATOR, MASTER, Hand, surest, train_tsvc, vectors
 
 SHORT = QUICK.model_copy(update={"steps": 10, "epochs": 4, "tsvc": TsvcSection(warm_up_epochs=2)})
