@@ -179,10 +179,15 @@ class ChnrSection(_Section):
         0, ge=0, description="clusters of the images whose captions are no fakes for each other; 0 = none"
     )
     view_dropout: float = Field(
-        0.3, ge=0, lt=1, description="share of features left out in the second view of each side; 0 = one view"
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of features left out in the second view of each side; 0 = one view",
     )
     discriminator_steps: int = Field(400, ge=1, description="optimiser steps of the discriminator")
-    discriminator_batch: int = Field(128, ge=2, description="trusted pairs per batch; all where they are fewer")
+    discriminator_batch: int = Field(
+        128, ge=2, description="trusted pairs per batch; all where they are fewer"
+    )
     discriminator_lr: float = Field(1e-3, gt=0, description="learning rate of AdamW; the author's is 1e-4")
     discriminator_decay: float = Field(1e-3, ge=0, description="weight decay of the discriminator")
     discriminator_hidden: int = Field(
@@ -296,7 +301,10 @@ class ScoreSection(_Section):
     rank_candidates: int = Field(
         50_000, ge=2, description="captions and images that ranks and best matches search"
     )
-    neighbours: int = Field(30, ge=1, description="nearest pairs that vote")
+    neighbours: int = Field(10, ge=1, description="nearest pairs that vote")
+    sharpness: float = Field(
+        10.0, ge=0, description="how much nearer ones count for more: exp(sharpness x cosine)"
+    )
     references: int = Field(8000, ge=1, description="pairs that may vote")
     min_trust: float = Field(0.3, ge=0, le=1, description="pairs less likely clean than this do not vote")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,8 +40,12 @@ def ask_neighbours(
     trust_N: Tensor,
     settings: ScoreSection,
     generator: torch.Generator,
+    *,
+    own_captions_vote: bool = False,
 ) -> Neighbourhood:
     """Distance of each pair, and of each planted swap, from its neighbours on either side.
+
+    A pair never votes on itself, nor do the captions of its image on the image.
 
     Args:
         image_ID: unit vectors of all images, shape [I, D].
@@ -50,6 +55,8 @@ def ask_neighbours(
         trust_N: probability of each given pair to be clean, shape [N].
         settings: the recipe's `score` section.
         generator: draws the reference pairs.
+        own_captions_vote: an image's other captions are heard about its caption, being those of its very nearest
+            image. Where noise strikes whole images they err together, and must not be.
     """
     order = torch.randperm(len(pairs), generator=generator)
     order = order[trust_N[order] >= settings.min_trust][: settings.references].sort().values
@@ -64,17 +71,14 @@ def ask_neighbours(
         by_image, by_caption = [], []
         for image, caption in zip(asked.image_N.split(1024), asked.caption_N.split(1024), strict=True):
             same_image = image[:, None] == reference.image_N[None, :]
+            itself = same_image & (caption[:, None] == reference.caption_N[None, :])
             query, other = image_ID[image], caption_CD[caption]
-            by_image.append(
-                neighbour_distance(
-                    query, other, reference_image, reference_caption, trust, same_image, settings.neighbours
-                )
+            ask = partial(
+                neighbour_distance, num_neighbours=settings.neighbours, sharpness=settings.sharpness
             )
-            by_caption.append(
-                neighbour_distance(
-                    other, query, reference_caption, reference_image, trust, same_image, settings.neighbours
-                )
-            )
+            excluded = itself if own_captions_vote else same_image
+            by_image.append(ask(query, other, reference_image, reference_caption, trust, excluded))
+            by_caption.append(ask(other, query, reference_caption, reference_image, trust, same_image))
         return torch.cat(by_image), torch.cat(by_caption)
 
     given, swaps = distances(pairs), distances(planted)
@@ -207,16 +211,22 @@ def judge(
             pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
         )
         trust_N = 1 - held_out.posterior.given_N
-        around = ask_neighbours(image_ID, caption_CD, pairs, swapped, trust_N, settings, generator)
+        around = ask_neighbours(
+            image_ID,
+            caption_CD,
+            pairs,
+            swapped,
+            trust_N,
+            settings,
+            generator,
+            own_captions_vote=not whole_images,
+        )
         evidence, rate = held_out.evidence, held_out.rate
         if not whole_images:
-            evidence = fused(
-                Evidence(evidence.given_N, evidence.swaps_S[planted]),
-                Evidence(given["final_loss"], swaps["final_loss"][planted]),
-                Evidence(given["final_distance"], swaps["final_distance"][planted]),
-                around.by_image,
-                around.by_caption,
-            )
+            # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
+            final = Evidence(given["final_loss"], swaps["final_loss"][planted])
+            held = Evidence(given["loss"], swaps["loss"][planted])
+            evidence = fused(held, final, final, around.by_image, around.by_caption)
             rate = noise_rate(evidence, pairs.image_N, swapped.image_N, seed)
         probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N

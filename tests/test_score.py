@@ -105,7 +105,7 @@ def test_neighbours_equal_the_oracle_without_the_own_image():
     swaps = Pairs(torch.arange(60) // 3, torch.arange(60).roll(7), 20, 60)
     trust = torch.rand(60, dtype=torch.float64, generator=generator())
     # Six voters are two images with all their captions: a border within an image would be a tie.
-    settings = ScoreSection(neighbours=6, min_trust=0.0)  # type: ignore[call-arg]
+    settings = ScoreSection(neighbours=6, min_trust=0.0, sharpness=5.0)  # type: ignore[call-arg]
     found = ask_neighbours(image, caption, pairs, swaps, trust, settings, generator())
     sides = image[pairs.image_N].double().numpy(), caption[pairs.caption_N].double().numpy()
     for asked, by_image, by_caption in (
@@ -119,6 +119,23 @@ def test_neighbours_equal_the_oracle_without_the_own_image():
                 query[this], query[other], sides[this], sides[other], trust.numpy(), own, 6, 5.0
             )
             np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_where_noise_strikes_pairs_an_images_other_captions_are_heard():
+    # Three captions per image: two at the image, one far away. The nearest image is the pair's own.
+    image = unit_vectors(20, 8, 0)
+    caption = image.repeat_interleave(3, 0)
+    caption[2::3] = -caption[2::3]
+    pairs = Pairs(torch.arange(60) // 3, torch.arange(60), 20, 60)
+    settings = ScoreSection(neighbours=2, min_trust=0.0)  # type: ignore[call-arg]
+    trust = torch.ones(60)
+    heard = ask_neighbours(
+        image, caption, pairs, pairs, trust, settings, generator(), own_captions_vote=True
+    ).by_image.given_N
+    # One of the two voters agrees wholly, the other not at all; the far caption has both against it.
+    torch.testing.assert_close(heard[:3], torch.tensor([1.0, 1.0, 2.0]))
+    alone = ask_neighbours(image, caption, pairs, pairs, trust, settings, generator()).by_image.given_N
+    assert not torch.allclose(alone, heard)
 
 
 def test_pairs_below_the_least_trust_are_not_heard():

@@ -23,7 +23,7 @@ from nc_audit import __version__
 from nc_audit.bench.corpus import Corpus, Corrupted, Split
 from nc_audit.bench.downstream import downstream
 from nc_audit.bench.inject import KINDS, MAX_RATE
-from nc_audit.bench.measure import Verdict, detection, run_recipe
+from nc_audit.bench.measure import NEED_TRUSTED, Verdict, detection, run_recipe
 from nc_audit.bench.retrieval import recall_at_k
 from nc_audit.dataset import ImageStore, load_pairs
 from nc_audit.embed import EmbeddingStore
@@ -206,24 +206,7 @@ def bench(
         watch.progress("bench", done, len(jobs))
         kind, rate, seed = cell
         recipe = layers.recipe(spec, seed)
-        judged_by = [
-            recipe.train.settings_in_use(),
-            recipe.score.model_dump(mode="json"),
-            recipe.tag.model_dump(mode="json"),
-        ]
-        key = digest_of(
-            [
-                __version__,
-                data,
-                plan.facts(),
-                kind,
-                rate,
-                seed,
-                judged_by,
-                grid.with_downstream,
-                grid.trusted_share,
-            ]
-        )
+        key = digest_of([__version__, data, plan.facts(), *cell, *_what_counts(recipe, grid)])
         if key not in known:
             if made is None or made[0] != cell:
                 injected = corpus.inject(kind if kind != "none" else "caption", rate, seed)
@@ -256,6 +239,20 @@ def bench(
         results.append(known[key])
     watch.progress("bench", len(jobs), len(jobs))
     return results
+
+
+def _what_counts(recipe: Recipe, grid: Grid) -> list[Any]:
+    """What a result depends on beside the data and the cell."""
+    score = recipe.score.model_dump(mode="json")
+    if recipe.train.method != "self_paced":  # others bring scores of their own; neighbours are for reasons only
+        score = {"candidates": recipe.score.candidates}
+    return [
+        recipe.train.settings_in_use(),
+        score,
+        recipe.tag.model_dump(mode="json"),
+        grid.with_downstream,
+        grid.trusted_share if recipe.train.method in NEED_TRUSTED else None,
+    ]
 
 
 def _retrieval(verdict: Verdict, test: Split) -> dict[str, float]:
