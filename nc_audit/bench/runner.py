@@ -244,7 +244,9 @@ def bench(
 def _what_counts(recipe: Recipe, grid: Grid) -> list[Any]:
     """What a result depends on beside the data and the cell."""
     score = recipe.score.model_dump(mode="json")
-    if recipe.train.method != "self_paced":  # others bring scores of their own; neighbours are for reasons only
+    if (
+        recipe.train.method != "self_paced"
+    ):  # others bring scores of their own; neighbours are for reasons only
         score = {"candidates": recipe.score.candidates}
     return [
         recipe.train.settings_in_use(),
