@@ -179,12 +179,16 @@ class ChnrSection(_Section):
         0, ge=0, description="clusters of the images whose captions are no fakes for each other; 0 = none"
     )
     view_dropout: float = Field(
-        0.3,
+        0.5,
         ge=0,
         lt=1,
         description="share of features left out in the second view of each side; 0 = one view",
     )
-    discriminator_steps: int = Field(400, ge=1, description="optimiser steps of the discriminator")
+    all_views: bool = Field(
+        False,
+        description="true: every step learns from all four combinations of views, as published; false: from one of them",
+    )
+    discriminator_steps: int = Field(600, ge=1, description="optimiser steps of the discriminator")
     discriminator_batch: int = Field(
         128, ge=2, description="trusted pairs per batch; all where they are fewer"
     )

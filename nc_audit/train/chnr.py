@@ -5,7 +5,8 @@ probability c is the detector. Then heads train, first on the trusted pairs, the
 hash heads (`train_hash_heads`), or ordinary ones where no codes are asked for.
 
 Where this departs from the authors' published code: scoring runs without dropout; both sides have a second view, made
-by leaving features out, because frozen embeddings have no augmented copies; fakes are never given pairs, and pairs
+by leaving features out, because frozen embeddings have no augmented copies, and a step learns from one of the four
+combinations unless `all_views` is set; pairs are scored on their plain vectors alone; fakes are never given pairs, and pairs
 of one image or caption are no negatives of each other; without classes a fake only needs another image (or another
 cluster of images). The probability is calibrated for telling trusted pairs from as many random fakes, not for
 the data's rate of noise.
@@ -29,6 +30,7 @@ from nc_audit.methods.discriminator import (
     discriminator_loss,
     draw_fakes,
     fakes_mask,
+    joint_vectors,
     mean_over_views,
 )
 from nc_audit.methods.hashing import (
@@ -146,7 +148,8 @@ class Verdict:
 
     Attributes:
         network: in evaluation mode.
-        threshold: middle between the mean c of real pairs and of fakes in the last pass of training, 0..1.
+        threshold: middle between the mean c of real pairs and of fakes in the last pass of training, dropout running,
+            0..1.
         margin: a quarter of the distance of those means, 0 at least.
     """
 
@@ -180,7 +183,7 @@ def train_discriminator(
         pairs: all given pairs, none of which is a fake.
         trusted_T: positions of the trusted ones, shape [T].
         group_I: class or cluster of each image, shape [I]; a fake takes its caption from another group.
-        settings: the `discriminator_` keys, `view_dropout` and `penalty`.
+        settings: the `discriminator_` keys, `view_dropout`, `all_views` and `penalty`.
         seed: of initialisation, dropout, batches, fakes and views.
         progress: told every few steps.
 
@@ -220,15 +223,18 @@ def train_discriminator(
                     " of another",
                     "trust pairs of more images, or lower train.chnr.clusters",
                 )
-            images = _views(image_IV[image], settings.view_dropout, generator)
-            captions = _views(caption_CV[caption], settings.view_dropout, generator)
+            image_BV, caption_BV = image_IV[image], caption_CV[caption]
+            images = _views(image_BV, settings.view_dropout, generator)
+            captions = _views(caption_BV, settings.view_dropout, generator)
+            if not settings.all_views:
+                images, captions = _one_of(images, generator), _one_of(captions, generator)
             loss = discriminator_loss(network, images, captions, fake_at, generator, settings.penalty)
             _step(loss, optimiser, f"discriminator step {step}", "train.chnr.discriminator_lr")
             if step >= settings.discriminator_steps - per_pass:
                 with torch.no_grad():
-                    real.append(mean_over_views(network, images[:1], captions[:1])[0])
-                    fake_captions = [captions[0][fake_at[1]]]
-                    fake.append(mean_over_views(network, [images[0][fake_at[0]]], fake_captions)[0])
+                    real.append(network(joint_vectors(image_BV, caption_BV)).sigmoid())
+                    made_up = joint_vectors(image_BV[fake_at[0]], caption_BV[fake_at[1]])
+                    fake.append(network(made_up).sigmoid())
             if step % 10 == 9 or step == settings.discriminator_steps - 1:
                 progress("discriminator", step + 1, settings.discriminator_steps)
     threshold, half = halfway(torch.cat(real), torch.cat(fake))
@@ -241,6 +247,11 @@ def _views(vectors_BV: Tensor, dropout: float, generator: torch.Generator) -> li
         return [vectors_BV]
     kept = torch.rand(vectors_BV.shape, generator=generator) >= dropout
     return [vectors_BV, vectors_BV * kept / (1 - dropout)]
+
+
+def _one_of(views: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """One of the views, drawn."""
+    return [views[int(torch.randint(len(views), (1,), generator=generator))]]
 
 
 def _batches(num: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

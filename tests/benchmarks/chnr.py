@@ -9,7 +9,7 @@ the method its trusted pairs, so that it learns from what is left of them). Repo
 the author computes it (the first 20 relevant items wherever they rank), beside the author's figures.
 
 Not the same: features (MobileNetV2 and n-grams here; ResNet-18 and BERT there), the second view of each side (features
-left out here; cropped images there), width and learning rates (fitted to these features), the number of epochs.
+left out here; cropped images there), width and learning rates (fitted to these features).
 """
 
 from __future__ import annotations
@@ -163,12 +163,18 @@ class Protocol:
 
     @classmethod
     def prepare(
-        cls, material: Material, trusted_share: float, components: tuple[int, int], seed: int
+        cls, material: Material, trusted_share: float, components: tuple[int, ...] | None, seed: int
     ) -> Protocol:
-        """Split, and reduce the features: roots of the image's (they are counts of a kind), leading components."""
+        """Split, and reduce the features: roots of the image's (none is negative), leading components.
+
+        As many components of the images as an eighth of the training pairs, 256 at most, and half as many of the
+        captions, unless told.
+        """
         num = len(material.class_I)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(num))
         train, query, database = order.split([num // 2, num // 10, num - num // 2 - num // 10])
+        wide = min(256, len(train) // 8)
+        components = components or (wide, wide // 2)
         image, caption = material.image_ID.clamp_min(0).sqrt(), material.caption_CD
         images = principal_projection(image[train], components[0], 0.0)(image)
         captions = principal_projection(caption[material.caption_I[train]], components[1], 0.0)(caption)
@@ -211,19 +217,22 @@ def main() -> None:
     parser.add_argument(
         "--corrupt-all", action="store_true", help="the trusted subset is struck like the rest"
     )
-    parser.add_argument("--epochs", type=int, default=60, help="the author's are 150; half on trusted pairs")
+    parser.add_argument("--epochs", type=int, default=150, help="half of them on trusted pairs")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--components", default="256,128", help="of images and of captions")
+    parser.add_argument(
+        "--components", help="of images and of captions; see Protocol.prepare for the default"
+    )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of train.chnr")
     given = parser.parse_args()
     which = "ucm" if "ucm" in given.dataset.name.lower() else "rsicd"
-    settings = build_recipe(["chnr"], [f"train.chnr.{one}" for one in given.set]).train.chnr
+    changes = ["all_views=true", "discriminator_steps=400", *given.set]
+    settings = build_recipe(["chnr"], [f"train.chnr={{{one}}}" for one in changes]).train.chnr
     share = TRUSTED_SHARE[which] if given.trusted_share is None else given.trusted_share
     seed, start = given.seed, time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         material = read_material(given.dataset, given.image_weights, given.store or Path(place), seed)
-    image_components, caption_components = map(int, given.components.split(","))
-    protocol = Protocol.prepare(material, share, (image_components, caption_components), seed)
+    components = tuple(map(int, given.components.split(","))) if given.components else None
+    protocol = Protocol.prepare(material, share, components, seed)
     class_N = material.class_I[protocol.train_N].numpy()
     clean = protocol.pairs(np.arange(len(class_N)))
     rates, weightings = [float(one) for one in given.rates.split(",")], given.weightings.split(",")
