@@ -186,7 +186,7 @@ class ChnrSection(_Section):
     )
     all_views: bool = Field(
         False,
-        description="true: every step learns from all four combinations of views, as published; false: from one of them",
+        description="every step learns from all four combinations of views, as published, not from one of them",
     )
     discriminator_steps: int = Field(600, ge=1, description="optimiser steps of the discriminator")
     discriminator_batch: int = Field(

@@ -6,10 +6,10 @@ hash heads (`train_hash_heads`), or ordinary ones where no codes are asked for.
 
 Where this departs from the authors' published code: scoring runs without dropout; both sides have a second view, made
 by leaving features out, because frozen embeddings have no augmented copies, and a step learns from one of the four
-combinations unless `all_views` is set; pairs are scored on their plain vectors alone; fakes are never given pairs, and pairs
-of one image or caption are no negatives of each other; without classes a fake only needs another image (or another
-cluster of images). The probability is calibrated for telling trusted pairs from as many random fakes, not for
-the data's rate of noise.
+combinations unless `all_views` is set; pairs are scored on their plain vectors alone; fakes are never given pairs, and
+pairs of one image or caption are no negatives of each other; without classes a fake only needs another image (or
+another cluster of images). The probability tells trusted pairs from as many random fakes; it is not calibrated for the
+data's rate of noise.
 
 Shapes: I = images; C = captions; N = given pairs; T = trusted pairs; B = batch; K = bits; V = dimensions.
 """

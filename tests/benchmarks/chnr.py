@@ -226,7 +226,7 @@ def main() -> None:
     given = parser.parse_args()
     which = "ucm" if "ucm" in given.dataset.name.lower() else "rsicd"
     changes = ["all_views=true", "discriminator_steps=400", *given.set]
-    settings = build_recipe(["chnr"], [f"train.chnr={{{one}}}" for one in changes]).train.chnr
+    settings = build_recipe(["chnr"], [f"train.chnr.{one}" for one in changes]).train.chnr
     share = TRUSTED_SHARE[which] if given.trusted_share is None else given.trusted_share
     seed, start = given.seed, time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
