@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.coverage and importlib.util.find_spec("pytest_cov") is None:
         parser.error("--coverage needs pytest-cov: pip install -e '.[dev]'")
     # Two threads keep the numbers of small matrices quick and alike on laptops and build machines.
-    environment = {"OMP_NUM_THREADS": "2", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for name, command in steps(fix=options.fix, slow=options.all, coverage=options.coverage, further=further):
         print(f"== {name}: {shlex.join(command)}", flush=True)
         start = time.perf_counter()
