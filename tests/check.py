@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, further = parser.parse_known_args(arguments)
     if options.coverage and importlib.util.find_spec("pytest_cov") is None:
         parser.error("--coverage needs pytest-cov: pip install -e '.[dev]'")
-    # Two threads keep the numbers of small matrices quick and alike on laptops and build machines.
+    # One thread: matrices are small, and two threads that share their processors with anything else wait by spinning.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for name, command in steps(fix=options.fix, slow=options.all, coverage=options.coverage, further=further):
         print(f"== {name}: {shlex.join(command)}", flush=True)
