@@ -303,7 +303,7 @@ def report(
                 for rate in rates
             ]
             print(f"| {direction}, {weighting} | " + " | ".join(cells) + " |")
-        print(f"| {direction}, no noise, no weights | {best:.3f}" + " | " * len(rates) + "|")
+        print(f"| {direction}, no noise, no weights | {best:.3f}" + " |" * len(rates))
     print(
         "| discriminator, AUROC on untrusted pairs | " + " | ".join(f"{one:.3f}" for one in detection) + " |"
     )
