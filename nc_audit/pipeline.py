@@ -430,7 +430,7 @@ class _Audit:
                 "model/heads.safetensors": 0,
                 "model/trajectory.parquet": num * len(trained.trajectory.losses),
                 "model/evidence.parquet": num,
-                "model/swaps.parquet": num if trained.swaps else 0,
+                "model/swaps.parquet": len(trained.swaps.get("caption", ())),
                 "model/candidates.parquet": len(candidates.caption_M) + len(candidates.image_M),
             },
             {

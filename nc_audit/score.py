@@ -16,7 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nc_audit.calibrate import NoiseRate, calibrated, combine_held_out, noise_rate, rate_of_probabilities
+from nc_audit.calibrate import (
+    NoiseRate,
+    by_image,
+    calibrated,
+    combine_held_out,
+    noise_rate,
+    rate_of_probabilities,
+)
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Pairs
@@ -169,14 +176,14 @@ def judge(
 
     Args:
         given: quantities of the given pairs (`train.Judgement.given`).
-        swaps: those of the known swaps; `caption` holds the caption each image is swapped to, and `final_loss` is
-            not a number where the swap did not sit in the final training. Empty for a method without swaps.
+        swaps: those of the known swaps; `image` and `caption` hold what is put together, and `final_loss` is not
+            a number where the swap did not sit in the final training. Empty for a method without swaps.
         image_ID: unit vectors of all images by the final heads, shape [I, D].
         caption_CD: unit vectors of all captions by the final heads, shape [C, D].
         pairs: the given pairs.
         settings: the recipe's `score` section.
         seed: draws the bootstrap and the reference pairs.
-        whole_images: noise strikes whole images; then the held-out evidence alone decides.
+        whole_images: noise strikes whole images; then each pair speaks for its image.
 
     Returns:
         The noise rate; `noise_score` (higher = noisier), `noise_probability` (0..1) and `neighbour_distance`.
@@ -202,13 +209,13 @@ def judge(
             Evidence(given["first"], swaps["first"]),
             Evidence(given["loss"], swaps["loss"]),
             Evidence(given["distance"], swaps["distance"]),
-            pairs,
             pairs.image_N,
+            swaps["image"],
             whole_images,
             seed,
         )
         swapped = Pairs(
-            pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
+            swaps["image"][planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
         )
         trust_N = 1 - held_out.posterior.given_N
         around = ask_neighbours(
@@ -221,13 +228,15 @@ def judge(
             generator,
             own_captions_vote=not whole_images,
         )
-        evidence, rate = held_out.evidence, held_out.rate
-        if not whole_images:
-            # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
-            final = Evidence(given["final_loss"], swaps["final_loss"][planted])
-            held = Evidence(given["loss"], swaps["loss"][planted])
-            evidence = fused(held, final, final, around.by_image, around.by_caption)
-            rate = noise_rate(evidence, pairs.image_N, swapped.image_N, seed)
+        # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
+        final = Evidence(given["final_loss"], swaps["final_loss"][planted])
+        held = Evidence(given["loss"], swaps["loss"][planted])
+        evidence = fused(held, final, final, around.by_image, around.by_caption)
+        if whole_images:
+            evidence = by_image(evidence, pairs.image_N, swapped.image_N)
+        rate = noise_rate(
+            evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
+        )
         probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N
     return rate, {

@@ -138,8 +138,7 @@ def test_image_mean():
 def test_held_out_evidence_is_fused_and_averaged_over_images_where_these_are_struck(whole):
     first, image = mixture(0.3, 0, whole_images=True)
     loss, _ = mixture(0.3, 0, whole_images=True, gap=2.0)
-    pairs = Pairs(image, torch.arange(len(image)), 400, len(image))
-    held_out = combine_held_out(first, loss, loss, pairs, image, whole, 0)
+    held_out = combine_held_out(first, loss, loss, image, image, whole, 0)
     per_image = held_out.evidence.given_N.view(400, 3)
     assert bool((per_image == per_image[:, :1]).all()) is whole
     assert held_out.rate.estimate == pytest.approx(0.3, abs=0.1)

@@ -7,7 +7,7 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import QUICK, Planted, inputs_of
+from planted import QUICK, Planted, inputs_of, planted_set
 
 from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
 from nc_audit.errors import ShapeError
@@ -17,7 +17,7 @@ from nc_audit.recipe import ScoreSection
 from nc_audit.score import ask_neighbours, judge, look_around, look_up
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
-from nc_audit.train.self_paced import Trained
+from nc_audit.train.self_paced import Trained, train_robustly
 
 
 def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -179,8 +179,8 @@ def held_out_of(trained: Trained, planted: Planted, whole_images: bool) -> HeldO
         trained.first.evidence,
         trained.folds.loss,
         trained.folds.distance,
-        planted.pairs,
         planted.pairs.image_N,
+        trained.swaps.image_N,
         whole_images,
         0,
     )
@@ -261,14 +261,24 @@ def test_the_same_seed_scores_alike(columns, trained, planted):
         assert torch.equal(values, columns[name]), name
 
 
-def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
-    rate, found = scored(trained.judgement(300), planted, whole_images=True)
-    held_out = held_out_of(trained, planted, True)
-    assert rate == held_out.rate
-    assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
-    assert torch.equal(
-        found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True)
-    )
+def test_under_whole_image_noise_every_pair_speaks_for_its_image():
+    struck = planted_set(200, 3, 0.4, whole_images=True)
+    found = train_robustly(inputs_of(struck, QUICK, 300), QUICK)
+    rate, columns = scored(found.judgement(300), struck, whole_images=True)
+    for name in ("noise_score", "noise_probability"):
+        per_image = columns[name].view(200, 3)
+        torch.testing.assert_close(per_image, per_image[:, :1].expand(-1, 3))
+    score, noisy = columns["noise_score"], struck.is_noisy_N
+    held_out = held_out_of(found, struck, True).evidence.given_N
+    assert swaps_auroc(score[~noisy], score[noisy]) >= swaps_auroc(held_out[~noisy], held_out[noisy]) - 0.01
+    assert rate.low <= noisy.double().mean() <= rate.high
+
+
+def test_the_rate_is_the_mean_of_two_looks_and_its_interval_knows_how_they_differ(found, trained, planted):
+    rate, held_out = found[0], held_out_of(trained, planted, False)
+    other = 2 * rate.estimate - held_out.rate.estimate
+    assert rate.low < min(rate.estimate, (rate.estimate + other) / 2)
+    assert rate.high - rate.low >= abs(other - held_out.rate.estimate)
 
 
 def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):

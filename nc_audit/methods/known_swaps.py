@@ -100,17 +100,18 @@ def standardise(values: Tensor, swaps: Tensor) -> Tensor:
     return (values - swaps.mean()) / spread if spread > 0 else torch.zeros_like(values)
 
 
-def tail_shares(score_N: Tensor, swap_score_S: Tensor) -> Tensor:
+def tail_shares(score_N: Tensor, swap_score_S: Tensor, tails: tuple[float, ...] = TAIL_QUANTILES) -> Tensor:
     """For each pair and each tail of the swaps' scores, whether the pair lies in it.
 
     Args:
         score_N: scores, higher = noisier, shape [N].
         swap_score_S: scores of known swaps, shape [S].
+        tails: share of the swaps each upper tail holds, 0..1.
 
     Returns:
         Shape [N, Q], 0 or 1.
     """
-    quantiles = torch.tensor([1 - q for q in TAIL_QUANTILES], dtype=swap_score_S.dtype)
+    quantiles = torch.tensor([1 - q for q in tails], dtype=swap_score_S.dtype)
     ordered = swap_score_S.sort().values
     at = (quantiles * (len(ordered) - 1)).round().long()
     return (score_N[:, None] > ordered[at][None, :]).to(torch.float64)

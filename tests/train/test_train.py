@@ -45,7 +45,7 @@ def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, 
 def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
     num = len(planted.pairs)
     assert isinstance(trained.model, Model)
-    assert trained.swap_caption_N.shape == (num,)
+    assert len(trained.swaps) == num * -(-QUICK.known_swaps // num)
     assert trained.planted.shape == (round(QUICK.planted_share * num),)
 
 
@@ -57,9 +57,10 @@ def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(traine
 
 
 def test_swaps_are_no_given_pairs_and_planted_ones_are_distinct(trained: Trained, planted):
-    pairs, swaps = planted.pairs, trained.swap_caption_N
+    pairs, swaps = planted.pairs, trained.swaps
     known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
-    assert not known & set(zip(pairs.image_N.tolist(), swaps.tolist(), strict=True))
+    assert not known & set(zip(swaps.image_N.tolist(), swaps.caption_N.tolist(), strict=True))
+    assert torch.equal(swaps.image_N, pairs.image_N.repeat(len(swaps) // len(pairs)))
     assert (trained.planted.diff() > 0).all()
 
 
@@ -89,9 +90,11 @@ def test_a_pair_is_scored_by_heads_that_never_saw_it():
     one_epoch = QUICK.model_copy(update={"steps": 12, "epochs": 1, "first_counted_epoch": 1, "batch": 40})
     inputs = inputs_of(small, one_epoch, 60)
     in_fold_0 = assign_folds(group, one_epoch.folds, torch.Generator().manual_seed(seed)) == 0
+    pairs = small.pairs
+    swaps = Pairs(pairs.image_N, pairs.caption_N.roll(7), pairs.num_images, pairs.num_captions)
     results = []
     for prior in (torch.ones(num), torch.where(in_fold_0, torch.rand(num), 1.0)):
-        found = train_folds(inputs, small.pairs.caption_N.roll(7), prior, group, one_epoch, seed)
+        found = train_folds(inputs, swaps, prior, group, one_epoch, seed)
         results.append((found.loss.given_N, found.loss.swaps_S))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[in_fold_0], other[in_fold_0])
@@ -169,13 +172,17 @@ def test_whole_image_noise_is_noticed_and_folds_keep_images_together():
     assert auroc(found.folds.loss.given_N, struck) > 0.9
     by_image = train_folds(
         inputs,
-        found.swap_caption_N,
+        found.swaps,
         found.folds.weight_EN[0],
         struck.pairs.image_N,
         QUICK,
         QUICK.seed,
     )
     torch.testing.assert_close(by_image.loss.given_N, found.folds.loss.given_N)
+    chosen = found.swaps.image_N[found.planted].unique()
+    per_image = torch.bincount(struck.pairs.image_N)
+    assert len(chosen) == round(QUICK.planted_share * len(per_image))
+    assert len(found.planted) == per_image[chosen].sum(), "an image's swaps are planted together"
 
 
 @pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])
