@@ -12,7 +12,6 @@ from nc_audit.calibrate import (
     strikes_whole_images,
 )
 from nc_audit.methods.known_swaps import Evidence
-from nc_audit.methods.matching import Pairs
 
 
 def mixture(
