@@ -272,7 +272,10 @@ class TrainSection(_Section):
         2, ge=1, le=5, description="trainings of the final heads, each weighted by what the one before found"
     )
     final_power: float = Field(
-        0.5, gt=0, le=1, description="power of the clean posterior as weight of the final training"
+        0.5,
+        gt=0,
+        le=1,
+        description="power of the clean posterior as final weight on a clean set; grows by the noise rate, up to 1",
     )
     known_swaps: int = Field(
         40_000,

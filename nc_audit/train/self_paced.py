@@ -440,12 +440,15 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     sitting_in = swaps.select(planted)
     noise = Evidence(held_out.posterior.given_N, held_out.posterior.swaps_S[planted])
     held_loss = Evidence(folds.loss.given_N, folds.loss.swaps_S[planted])
+    # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions
+    # of a wrong image confirm each other, and would be learnt.
+    power = 1.0 if whole_images else min(1.0, settings.final_power + held_out.rate.estimate)
     for again in range(settings.final_rounds):
         final = train_final(
             inputs,
             sitting_in,
-            _trust(noise.given_N, settings),
-            _trust(noise.swaps_S, settings),
+            (1 - noise.given_N).clamp_min(MIN_WEIGHT) ** power,
+            (1 - noise.swaps_S).clamp_min(MIN_WEIGHT) ** power,
             settings,
             seed + 100 + again,
             progress,
@@ -456,11 +459,6 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
     return Trained(first, folds, final, model, swaps, planted, whole_images)
-
-
-def _trust(noise_probability: Tensor, settings: TrainSection) -> Tensor:
-    """Final training weight, 0..1, from the noise probability."""
-    return (1 - noise_probability).clamp_min(MIN_WEIGHT) ** settings.final_power
 
 
 def _known_swaps(
