@@ -604,7 +604,7 @@ def _trajectory(trajectory: Trajectory, pair_id: pa.Array) -> pa.Table:
     return pa.table(
         [
             pa.concat_arrays([pair_id] * epochs) if epochs else pa.array([], pa.string()),
-            pa.array(np.repeat(np.arange(1, epochs + 1, dtype=np.int32), num)),
+            pa.array(np.repeat(np.array(trajectory.epochs, dtype=np.int32), num)),
             column(trajectory.losses, pa.float32()),
             column(trajectory.weights, pa.float32()),
             division.cast(pa.string()),

@@ -151,16 +151,14 @@ class Folds:
     """Out-of-fold results: what heads say of pairs they never trained on.
 
     `loss` and `distance` are evidence averaged over the later epochs; `matches` holds every quantity of the given
-    pairs, averaged likewise. Per epoch, shape [E, N]: the held-out loss after it, the weight used in it, and the
-    division its losses give.
+    pairs, averaged likewise. `trajectory` holds the held-out loss after each scored epoch, the weight used in it, and
+    the division its losses give.
     """
 
     loss: Evidence
     distance: Evidence
     matches: Matches
-    loss_EN: Tensor
-    weight_EN: Tensor
-    division_EN: Tensor
+    trajectory: Trajectory
     scale: float
 
 
@@ -207,7 +205,7 @@ def train_folds(
     given_sum = Matches.zeros(len(pairs))
     swap_sum = Matches.zeros(len(swaps))
     swapped = [(fold_S == k).nonzero().squeeze(1) for k in range(settings.folds)]
-    trajectory, weights, divisions = [], [], []
+    trajectory = Trajectory()
     weight_N = prior_N.clone()
     counted = 0
     with torch.random.fork_rng(devices=[]):
@@ -226,11 +224,14 @@ def train_folds(
         ]
         for epoch in range(1, plan.epochs + 1):
             loss_N = torch.empty(len(pairs))
-            counts = epoch >= settings.first_counted_epoch
+            is_scored = plan.is_scored(epoch, len(pairs))
+            counts = is_scored and epoch >= settings.first_counted_epoch
             for k, trainer in enumerate(trainers):
                 train_weight = weight_N[outside[k]]
                 train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
                 trainer.run_epoch(partial(weighted, trainer, train_weight))
+                if not is_scored:
+                    continue
                 image, caption = trainer.embed()
                 scale = trainer.heads.scale().item()
                 at, also = inside[k], swapped[k]
@@ -243,21 +244,20 @@ def train_folds(
                 if counts:
                     given_sum.add_(at, found[0])
                     swap_sum.add_(also, found[1])
+            progress("train", epoch, plan.epochs)
+            if not is_scored:
+                continue
             counted += counts
             relative = loss_N / chance
-            trajectory.append(loss_N)
-            weights.append(weight_N)
-            divisions.append(self_paced.divide(relative, settings.clean_at, settings.noisy_at))
+            division_N = self_paced.divide(relative, settings.clean_at, settings.noisy_at)
+            trajectory.record(loss_N, weight_N, division_N, epoch)
             weight_N = prior_N * pace(relative, epoch, settings)
-            progress("train", epoch, plan.epochs)
     of_given, of_swaps = given_sum.divided(counted), swap_sum.divided(counted)
     return Folds(
         Evidence(of_given.loss, of_swaps.loss),
         Evidence(-of_given.similarity, -of_swaps.similarity),
         of_given,
-        torch.stack(trajectory),
-        torch.stack(weights),
-        torch.stack(divisions),
+        trajectory,
         sum(trainer.heads.scale().item() for trainer in trainers) / len(trainers),
     )
 
@@ -331,7 +331,7 @@ def train_final(
         trainer = Trainer(heads, inputs, together, plan, settings, settings.final_weight_decay, seed + 1)
         for epoch in range(1, plan.epochs + 1):
             trainer.run_epoch(partial(weighted, trainer, weights))
-            if epoch >= settings.first_counted_epoch:
+            if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
                 found = trainer.matches()
                 loss += found.loss
                 distance -= found.similarity
@@ -374,7 +374,7 @@ class Trained:
             "distance": folds.distance.given_N,
             "final_loss": final.loss.given_N,
             "final_distance": final.distance.given_N,
-            "weight": folds.weight_EN.mean(0),
+            "weight": torch.stack(folds.trajectory.weights).mean(0),
             "clean_posterior": 1 - first.posterior_N,
             "mi_variation": first.variation_N,
         }
@@ -393,8 +393,7 @@ class Trained:
             "logit_scale": round(folds.scale, 6),
             "num_candidates": num_candidates,
         }
-        trajectory = Trajectory(list(folds.loss_EN), list(folds.weight_EN), list(folds.division_EN))
-        return Judgement(given, swaps, facts, trajectory, self.model)
+        return Judgement(given, swaps, facts, folds.trajectory, self.model)
 
 
 def _placed(values: Tensor, at: Tensor, num: int) -> Tensor:
