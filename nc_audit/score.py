@@ -25,7 +25,7 @@ from nc_audit.calibrate import (
     rate_of_probabilities,
 )
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, fused
+from nc_audit.methods.known_swaps import Evidence, carried_over, fused
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import neighbour_distance
 from nc_audit.recipe import ScoreSection
@@ -231,13 +231,24 @@ def judge(
         # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
         final = Evidence(given["final_loss"], swaps["final_loss"][planted])
         held = Evidence(given["loss"], swaps["loss"][planted])
-        evidence = fused(held, final, final, around.by_image, around.by_caption)
         if whole_images:
-            evidence = by_image(evidence, pairs.image_N, swapped.image_N)
-        rate = noise_rate(
-            evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
-        )
-        probability = calibrated(evidence, rate).given_N
+            # The captions of a wrong image teach each other, those of a planted one have their own pairs to
+            # contradict them: in sample the two differ, so the held-out look calibrates and the final heads only rank.
+            first = Evidence(given["first"], swaps["first"][planted])
+            distance = Evidence(given["distance"], swaps["distance"][planted])
+            evidence = by_image(
+                fused(first, held, distance, final, around.by_image, around.by_caption),
+                pairs.image_N,
+                swapped.image_N,
+            )
+            rate = held_out.rate
+            probability = carried_over(held_out.posterior.given_N, evidence.given_N).float()
+        else:
+            evidence = fused(held, final, final, around.by_image, around.by_caption)
+            rate = noise_rate(
+                evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
+            )
+            probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N
     return rate, {
         "noise_score": score,

@@ -78,8 +78,8 @@ def first_look(
     caption_CD: Tensor,
     pairs: Pairs,
     swaps: Pairs,
+    fold_N: Tensor,
     settings: TrainSection,
-    seed: int,
 ) -> FirstLook:
     """Mutual-information variation of each pair, out of fold by image, reweighted towards the clean pairs.
 
@@ -88,14 +88,12 @@ def first_look(
         caption_CD: caption embeddings, shape [C, D'].
         pairs: the given pairs.
         swaps: known swaps, whole sets of N one behind the other, each pair's image keeping its place.
-        settings: `first_look_dims`, `first_look_folds`, `first_look_rounds`, `shrinkage`.
-        seed: draws the folds.
+        fold_N: fold of each pair, the same for all pairs of an image, shape [N].
+        settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
 
     Returns:
         Evidence (higher = noisier), the raw variation (nats, higher = agree), the rate and the posterior.
     """
-    generator = torch.Generator().manual_seed(seed)
-    fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
     total: Evidence | None = None
     variation_N = torch.zeros(len(pairs))
     cap = max(2, len(pairs) // 12)
@@ -124,7 +122,7 @@ def _variation_rounds(
     fold_S = fold_N.repeat(len(swaps) // len(pairs))
     for _ in range(settings.first_look_rounds):
         given, swapped = torch.empty(len(pairs)), torch.empty(len(swaps))
-        for fold in range(settings.first_look_folds):
+        for fold in range(int(fold_N.max()) + 1):
             outside = (fold_N != fold).nonzero().squeeze(1)
             fit = outside[:: max(1, math.ceil(len(outside) / 200_000))]
             dependence = GaussianDependence(
@@ -175,7 +173,7 @@ def train_folds(
     inputs: Inputs,
     swaps: Pairs,
     prior_N: Tensor,
-    group_N: Tensor,
+    fold_N: Tensor,
     settings: TrainSection,
     seed: int,
     progress: Progress = silent,
@@ -186,25 +184,24 @@ def train_folds(
         inputs: the given pairs, what heads take in, what pairs are scored against.
         swaps: known swaps, whole sets of N one behind the other; each shares the fold of the pair in its place.
         prior_N: weight of each pair before any loss is known, shape [N], 0..1.
-        group_N: pairs of one group share a fold, shape [N].
+        fold_N: fold of each pair, shape [N], 0..K-1.
         settings: the recipe's `train` section.
-        seed: initialisation, folds, batches, dropout.
+        seed: initialisation, batches, dropout.
         progress: told the epoch.
 
     Returns:
         Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory.
     """
     pairs, candidates = inputs.pairs, inputs.candidates
-    generator = torch.Generator().manual_seed(seed)
-    fold_N = assign_folds(group_N, settings.folds, generator)
+    num_folds = int(fold_N.max()) + 1
     fold_S = fold_N.repeat(len(swaps) // len(pairs))
-    inside = [(fold_N == k).nonzero().squeeze(1) for k in range(settings.folds)]
-    outside = [(fold_N != k).nonzero().squeeze(1) for k in range(settings.folds)]
+    inside = [(fold_N == k).nonzero().squeeze(1) for k in range(num_folds)]
+    outside = [(fold_N != k).nonzero().squeeze(1) for k in range(num_folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
     chance = chance_loss(len(candidates.caption_M))
     given_sum = Matches.zeros(len(pairs))
     swap_sum = Matches.zeros(len(swaps))
-    swapped = [(fold_S == k).nonzero().squeeze(1) for k in range(settings.folds)]
+    swapped = [(fold_S == k).nonzero().squeeze(1) for k in range(num_folds)]
     trajectory = Trajectory()
     weight_N = prior_N.clone()
     counted = 0
@@ -220,7 +217,7 @@ def train_folds(
                 settings.weight_decay,
                 seed + 1 + k,
             )
-            for k in range(settings.folds)
+            for k in range(num_folds)
         ]
         for epoch in range(1, plan.epochs + 1):
             loss_N = torch.empty(len(pairs))
@@ -418,15 +415,21 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     pairs, seed = inputs.pairs, settings.seed
     image_ID, caption_CD = inputs.image_ID, inputs.caption_CD
     generator = torch.Generator().manual_seed(seed)
-    swaps = _known_swaps(pairs, known_swaps.draw_swaps, settings, generator)
-    first = first_look(image_ID, caption_CD, pairs, swaps, settings, seed)
+    look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
+    group_N = torch.arange(len(pairs))
+    fold_N = assign_folds(group_N, settings.folds, generator)
+    block_N = look_fold_N * settings.folds + fold_N
+    swaps = _known_swaps(pairs, known_swaps.draw_swaps, block_N, settings, generator)
+    first = first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings)
     whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
     if whole_images:
-        swaps = _known_swaps(pairs, known_swaps.draw_image_swaps, settings, generator)
-        first = first_look(image_ID, caption_CD, pairs, swaps, settings, seed)
-    group_N = pairs.image_N if whole_images else torch.arange(len(pairs))
+        group_N = pairs.image_N
+        fold_N = assign_folds(group_N, settings.folds, generator)
+        block_N = look_fold_N * settings.folds + fold_N
+        swaps = _known_swaps(pairs, known_swaps.draw_image_swaps, block_N, settings, generator)
+        first = first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings)
     prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
-    folds = train_folds(inputs, swaps, prior_N, group_N, settings, seed, progress)
+    folds = train_folds(inputs, swaps, prior_N, fold_N, settings, seed, progress)
     held_out = combine_held_out(
         first.evidence, folds.loss, folds.distance, pairs.image_N, swaps.image_N, whole_images, seed
     )
@@ -462,13 +465,16 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
 
 def _known_swaps(
     pairs: Pairs,
-    draw: Callable[[Tensor, Tensor, int, torch.Generator], Tensor],
+    draw: Callable[[Tensor, Tensor, int, torch.Generator, Tensor], Tensor],
+    block_N: Tensor,
     settings: TrainSection,
     generator: torch.Generator,
 ) -> Pairs:
-    """Sets of known swaps, one behind the other, until there are `settings.known_swaps` or eight sets."""
+    """Sets of known swaps within blocks, one behind the other, `settings.known_swaps` or eight sets of them."""
     copies = min(8, math.ceil(settings.known_swaps / len(pairs)))
-    drawn = [draw(pairs.image_N, pairs.caption_N, pairs.num_captions, generator) for _ in range(copies)]
+    drawn = [
+        draw(pairs.image_N, pairs.caption_N, pairs.num_captions, generator, block_N) for _ in range(copies)
+    ]
     for one in drawn:
         _check_swaps(one, pairs)
     return Pairs(pairs.image_N.repeat(copies), torch.cat(drawn), pairs.num_images, pairs.num_captions)
