@@ -245,7 +245,8 @@ def show_review(facts: Mapping[str, Any]) -> None:
             ["reviewer", *names],
             [[name, *(f"{counts.get(one, 0):,}" for one in names)] for name, counts in reviewers.items()],
         )
-    console.print(Text(f"{facts['decided']:,} pairs decided by people; their word wins over the tags"))
+    pairs = "pair" if facts["decided"] == 1 else "pairs"
+    console.print(Text(f"{facts['decided']:,} {pairs} decided by people; their word wins over the tags"))
     if facts["num_conflicts"]:
         shown = ", ".join(plain(one) for one in facts["conflicts"][:5])
         more = ", ..." if facts["num_conflicts"] > 5 else ""

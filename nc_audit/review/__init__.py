@@ -1,7 +1,7 @@
 """Review: people decide about pairs in a local web page; what they decide is kept for good and wins over tags.
 
-`Review` is one review in progress, `ReviewServer` shows it in a browser, `review_facts` says who decided what and what a
-random sample tells about the tags, `export_decisions` and `import_decisions` exchange decisions with files.
+`Review` is one review in progress, `ReviewServer` shows it in a browser, `review_facts` says who decided what and what
+a random sample tells about the tags, `export_decisions` and `import_decisions` exchange decisions with files.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ async function find(at, step, view, include = false) {
 
 // --- showing
 
-const percent = (share) => share >= 0.995 && share < 1 ? "over 99 %" : share > 0 && share < 0.005 ? "under 1 %" : `${Math.round(100 * share)} %`;
+const percent = (share) => share >= 0.995 ? "over 99 %" : share < 0.005 ? "under 1 %" : `${Math.round(100 * share)} %`;
 const signed = (margin) => margin === null ? "" : `(${margin >= 0 ? "+" : "−"}${Math.abs(margin).toFixed(2)} cosine)`;
 
 function pill(word, kind) {
