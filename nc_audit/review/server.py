@@ -77,7 +77,7 @@ class ReviewServer(ThreadingHTTPServer):
 
     def serve_until_finished(self) -> None:
         """Serve until somebody presses Finish or the process is interrupted (KeyboardInterrupt passes through)."""
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
             self.is_finished.wait()

@@ -16,7 +16,15 @@ from nc_audit.review import Review, ReviewServer
 from nc_audit.run import Run
 
 STAGES = {
-    "train": {"key": "t", "files": [], "seconds": 0.0, "pairs": 0, "images": 0, "captions": 0, "whole_images": False},
+    "train": {
+        "key": "t",
+        "files": [],
+        "seconds": 0.0,
+        "pairs": 0,
+        "images": 0,
+        "captions": 0,
+        "whole_images": False,
+    },
     "score": {
         "key": "s",
         "files": [],
@@ -34,6 +42,16 @@ STAGES = {
 }
 
 
+LOOKS = {
+    "caption_rank": 1,
+    "image_rank": 1,
+    "relative_loss": 0.5,
+    "swapped_entropy": 0.5,
+    "neighbour_distance": 0.5,
+}
+"""Scores that give no reason of their own."""
+
+
 def pairs_of(number: int) -> list[Pair]:
     """Noisy, ambiguous and clean pairs in turn, the noisiest first."""
     found = []
@@ -48,7 +66,7 @@ def pairs_of(number: int) -> list[Pair]:
                 best_caption=f"a better caption {at}",
                 best_caption_margin=0.25,
                 reasons=[f"{at + 2} other captions fit the image better"],
-                more={"best_image": "images/0.png", "best_image_margin": 0.125},
+                more={"best_image": "images/0.png", "best_image_margin": 0.125, **LOOKS},
             )
         )
     return found
@@ -104,7 +122,11 @@ def ask(
     if body is not None:
         data = json.dumps(body).encode()
     if data is not None:
-        given |= {"Content-Type": "application/json", "Origin": f"http://{host}", "Content-Length": str(len(data))}
+        given |= {
+            "Content-Type": "application/json",
+            "Origin": f"http://{host}",
+            "Content-Length": str(len(data)),
+        }
     given |= headers or {}
     line = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     try:

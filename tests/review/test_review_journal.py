@@ -31,7 +31,13 @@ for number in range(100_000):
 
 
 def entry(pair_id: str, decision: str = "keep", reviewer: str = "ann", **more: object) -> dict[str, object]:
-    return {"time": "2026-11-22T10:00:00Z", "reviewer": reviewer, "pair_id": pair_id, "decision": decision, **more}
+    return {
+        "time": "2026-11-22T10:00:00Z",
+        "reviewer": reviewer,
+        "pair_id": pair_id,
+        "decision": decision,
+        **more,
+    }
 
 
 def test_what_is_appended_is_on_the_disk_and_stands(tmp_path):
@@ -131,7 +137,11 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 
 events = st.lists(
-    st.tuples(st.sampled_from("abc"), st.sampled_from(["keep", "drop", "fix", "undo"]), st.sampled_from(["ann", "bob"])),
+    st.tuples(
+        st.sampled_from("abc"),
+        st.sampled_from(["keep", "drop", "fix", "undo"]),
+        st.sampled_from(["ann", "bob"]),
+    ),
     max_size=25,
 )
 
@@ -153,7 +163,11 @@ def test_the_journal_means_what_the_folded_decisions_mean(tmp_path_factory, take
     assert set(journal.decided()) == set(standing)
     for pair, one in standing.items():
         found = journal.standing(pair)
-        assert (found["decision"], found["reviewer"], found.get("caption")) == (one.decision, one.reviewer, one.caption)
+        assert (found["decision"], found["reviewer"], found.get("caption")) == (
+            one.decision,
+            one.reviewer,
+            one.caption,
+        )
 
 
 def test_an_undo_takes_back_ones_own_last_decision_only(tmp_path):
