@@ -38,18 +38,28 @@ function complain(problem) {
   el("problem").hidden = false;
 }
 
-// One thing at a time: a key pressed while a decision is on its way does not decide the next pair unseen.
-async function alone(work) {
-  if (state.busy || state.over) return;
-  state.busy = true;
-  try {
-    await work();
-    el("problem").hidden = true;
-  } catch (problem) {
-    complain(problem);
-  } finally {
-    state.busy = false;
-  }
+// One thing at a time. A key pressed while a decision is on its way must not decide the next pair unseen, so it is let
+// go; what merely looks elsewhere waits for its turn.
+let turn = Promise.resolve();
+
+function alone(work) {
+  return state.busy ? turn : inTurn(work);
+}
+
+function inTurn(work) {
+  turn = turn.then(async () => {
+    if (state.over) return;
+    state.busy = true;
+    try {
+      await work();
+      el("problem").hidden = true;
+    } catch (problem) {
+      complain(problem);
+    } finally {
+      state.busy = false;
+    }
+  });
+  return turn;
 }
 
 async function pairAt(at) {
@@ -207,16 +217,18 @@ async function nextToDo() {
   await go(ahead ?? await find(0, 1, view, true));
 }
 
-async function decide(decision, caption) {
-  const { pair } = state;
+async function decide(decision, caption, pair = state.pair) {
   if (!pair) return;
   const found = await ask("api/decide", { pair_id: pair.pair_id, decision, caption });
   remember(found.pair);
-  progress(found);
   const seen = state.sample && pair.is_hidden && found.pair.tag ? ` The tag: ${found.pair.tag}, ${percent(found.pair.probability ?? 0)} likely noise.` : "";
   say(`${DONE[decision]}: row ${pair.row.toLocaleString("en")}.${seen}`);
-  if (state.view === "decided") return show(found.pair);
-  await nextToDo();
+  try {
+    if (state.view === "decided") show(found.pair);
+    else await nextToDo();
+  } finally {
+    progress(found);
+  }
 }
 
 async function undo() {
@@ -228,8 +240,11 @@ async function undo() {
   say(`Undone: row ${found.pair.row.toLocaleString("en")}.`);
 }
 
+let fixed = null; // the pair whose caption is being written, whatever is shown by the time it is saved
+
 function openFix() {
-  if (!state.pair) return;
+  if (!state.pair || state.busy) return;
+  fixed = state.pair;
   el("words").value = state.pair.mine?.decision === "fix" ? state.pair.mine.words : state.pair.caption;
   el("fixing").returnValue = "";
   el("fixing").showModal();
@@ -264,7 +279,7 @@ const actions = {
     el("naming").showModal();
     el("reviewer").select();
   },
-  finish: () => alone(async () => {
+  finish: () => inTurn(async () => {
     await ask("api/finish", {});
     state.over = true;
     el("pair").hidden = true;
@@ -293,7 +308,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 el("fixing").addEventListener("close", () => {
-  if (el("fixing").returnValue === "save") alone(() => decide("fix", el("words").value));
+  if (el("fixing").returnValue === "save") inTurn(() => decide("fix", el("words").value, fixed));
 });
 el("words").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) el("fixing").close("save");
@@ -301,7 +316,7 @@ el("words").addEventListener("keydown", (event) => {
 el("naming").addEventListener("close", () => {
   const name = el("reviewer").value.trim();
   if (el("naming").returnValue !== "save" || !name || name === state.reviewer) return;
-  alone(async () => {
+  inTurn(async () => {
     const before = state.reviewer;
     state.reviewer = name;
     try {
@@ -313,12 +328,12 @@ el("naming").addEventListener("close", () => {
     }
   });
 });
-el("view").addEventListener("change", () => alone(async () => {
+el("view").addEventListener("change", () => inTurn(async () => {
   state.view = el("view").value;
   pages.clear();
   el("view").blur();
   await go(await find(state.at ?? 0, 1, state.view, true) ?? await find(0, 1, state.view, true));
-}).then(() => { el("view").value = state.view; }));
+}));
 el("image").addEventListener("error", () => {
   el("image").hidden = true;
   el("unreadable").hidden = false;
@@ -327,4 +342,4 @@ el("keys").addEventListener("change", () => localStorage.setItem("keys", el("key
 el("keys").checked = localStorage.getItem("keys") !== "off";
 el("view").value = "open";
 state.reviewer = sessionStorage.getItem("reviewer") ?? "";
-alone(begin);
+inTurn(begin);
