@@ -449,7 +449,7 @@ def review(
     Example: nc-audit review --tag noisy,ambiguous
     """
     from nc_audit import console
-    from nc_audit.pipeline import apply_decisions, open_images
+    from nc_audit.pipeline import open_images
     from nc_audit.review import (
         Review,
         ReviewServer,
@@ -470,12 +470,12 @@ def review(
     name = reviewer or _account()
     if export is not None:
         count = export_decisions(opened, export, form=format, tags=_listed(tag))
-        facts: dict[str, Any] = {"out": str(export), "lines": count}
-        console.print_json(facts) if json else console.print_data(f"{count:,} lines written to {export}")
+        facts: dict[str, Any] = {"out": str(export), "entries": count}
+        console.print_json(facts) if json else console.print_data(f"{count:,} entries written to {export}")
         return
     if import_ is not None:
         facts = import_decisions(opened, import_, reviewer=name)
-        apply_decisions(opened)
+        _follow(opened)
         console.print_json(facts) if json else console.show_import(facts)
         return
     if not stats:
@@ -485,12 +485,28 @@ def review(
         if not no_browser:
             _browse(server.url)
         _until_stopped(server.serve_until_finished)
-        apply_decisions(opened)
+        _follow(opened)
     facts = review_facts(opened)
     if json:
         console.print_json({"run": str(opened.path), **facts})
     else:
         console.show_review(facts)
+
+
+def _follow(run: Any) -> None:
+    """Let the tags follow the decisions; these are safe in any case."""
+    from nc_audit import console
+    from nc_audit.pipeline import apply_decisions
+
+    try:
+        apply_decisions(run)
+    except AuditError as problem:
+        console.show_error(
+            AuditError(
+                f"the tags do not follow yet: {problem.message}",
+                "decisions are saved; " + (problem.hint or "nc-audit tag"),
+            )
+        )
 
 
 def _account() -> str:

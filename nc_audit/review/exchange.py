@@ -323,9 +323,9 @@ def _records(run: Run, journal: Journal, form: str, tags: Sequence[str] | None) 
             task: dict[str, Any] = {"data": facts}
             if suggested:
                 result = [_choice(suggested)]
-                task["predictions"] = [
-                    {"model_version": "nc-audit", "score": pair.probability or 0.0, "result": result}
-                ]
+                noise = pair.probability or 0.0
+                score = noise if suggested == "drop" else 1 - noise
+                task["predictions"] = [{"model_version": "nc-audit", "score": score, "result": result}]
             if standing:
                 result = [_choice(standing["decision"])]
                 if standing.get("caption"):

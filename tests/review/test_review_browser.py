@@ -117,7 +117,8 @@ def test_words_of_strangers_stay_words(tmp_path, page):
         for at, text in enumerate(HOSTILE):
             expect(page, "#facts", re.compile(rf"^{at + 1} of 7 "))
             shown = page.locator("#caption").evaluate("node => node.textContent")
-            assert shown.startswith(text[0]) and not re.search("[\x00-\x1f\u202a-\u202e\u2066-\u2069]", shown)
+            assert shown.startswith(text[0])
+            assert not re.search("[\x00-\x1f\u202a-\u202e\u2066-\u2069]", shown)
             assert page.locator("#caption *, #reasons li *, .words *, #facts *").count() == 0
             wide = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
             assert wide <= 0

@@ -145,7 +145,8 @@ def test_label_studio_gets_tasks_with_suggestions_and_decisions(tmp_path):
     ]
     assert first["annotations"][0]["result"][0]["value"] == {"choices": ["drop"]}
     assert tasks[2]["annotations"][0]["result"][1]["value"]["text"] == ['=HYPERLINK("x") café, "quoted"']
-    assert "predictions" not in tasks[3] and "annotations" not in tasks[3]
+    assert "predictions" not in tasks[3]
+    assert "annotations" not in tasks[3]
 
 
 def test_argilla_gets_one_flat_record_a_line(tmp_path):

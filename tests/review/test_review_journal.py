@@ -44,7 +44,8 @@ def test_what_is_appended_is_on_the_disk_and_stands(tmp_path):
     journal = Journal(tmp_path)
     journal.append([entry("a"), entry("b", "fix", caption="a \u202e café")])
     lines = (tmp_path / "decisions.jsonl").read_bytes()
-    assert lines.endswith(b"\n") and lines.isascii()
+    assert lines.endswith(b"\n")
+    assert lines.isascii()
     assert [json.loads(one)["pair_id"] for one in lines.splitlines()] == ["a", "b"]
     assert journal.standing("b")["caption"] == "a \u202e café"
     assert journal.standing("c") is None
@@ -88,7 +89,8 @@ def test_two_journals_of_one_file_see_each_other(tmp_path):
     one.append([entry("a")])
     other.append([entry("a", "drop", "bob")])
     one.refresh()
-    assert one.in_conflict("a") and other.in_conflict("a")
+    assert one.in_conflict("a")
+    assert other.in_conflict("a")
     assert one.standing("a")["reviewer"] == "bob"
     assert list(one.by_reviewer("a")) == ["ann", "bob"]
 
@@ -106,7 +108,8 @@ def test_threads_and_journals_write_whole_lines(tmp_path):
     for thread in threads:
         thread.join()
     journals[0].refresh()
-    assert len(journals[0].decided()) == 80 and journals[0].num_torn == 0
+    assert len(journals[0].decided()) == 80
+    assert journals[0].num_torn == 0
 
 
 def test_a_line_that_is_json_but_no_decision_is_told_and_left_alone(tmp_path):

@@ -116,7 +116,8 @@ def test_what_is_not_json_by_name_is_refused(server, run, kind):
 )
 def test_what_is_not_a_json_object_is_refused(server, body):
     status, content, _ = ask(server, "api/decide", raw=body)
-    assert status == 400 and content["error"].startswith("the body is no")
+    assert status == 400
+    assert content["error"].startswith("the body is no")
 
 
 def test_a_body_too_large_is_refused_before_it_is_read(server):
@@ -180,9 +181,11 @@ def test_a_page_is_small_however_much_is_asked_for(tmp_path):
 
 def test_an_image_is_drawn_anew_as_jpeg(server):
     status, content, headers = ask(server, "image/image0003?size=small")
-    assert status == 200 and headers["content-type"] == "image/jpeg"
+    assert status == 200
+    assert headers["content-type"] == "image/jpeg"
     image = Image.open(io.BytesIO(content))
-    assert image.format == "JPEG" and image.size == (8, 8)
+    assert image.format == "JPEG"
+    assert image.size == (8, 8)
     assert ask(server, "image/image0003?size=huge")[0] == 404
     assert ask(server, "image/image9999")[0] == 404
 
@@ -199,7 +202,8 @@ def test_an_image_that_is_gone_or_broken_is_told(run):
             {"error": "dataset:images/0.png cannot be read: No such file or directory", "hint": ""},
         )
         status, content, headers = ask(server, "image/image0001")
-        assert status == 422 and headers["content-type"] == "application/json"
+        assert status == 422
+        assert headers["content-type"] == "application/json"
         assert b"script" not in str(content).encode()
 
 

@@ -110,7 +110,8 @@ def test_others_decisions_show_after_ones_own(tmp_path):
     assert review.page(0, 1, "ann")[0]["others"] == []
     pair = review.decide(first, "drop", None, "ann")["pair"]
     assert [(one["reviewer"], one["decision"]) for one in pair["others"]] == [("bob", "keep")]
-    assert pair["conflict"] and pair["stands"] == "ann"
+    assert pair["conflict"]
+    assert pair["stands"] == "ann"
 
 
 @pytest.mark.parametrize("name", ["", "  ", "model", "a\x1b[2J", "x" * 61])
@@ -186,7 +187,8 @@ def test_a_sample_is_the_same_after_a_restart_and_grows_at_its_end(tmp_path):
     small = review_of(run, sample=10).queue.pair_ids
     assert review_of(run, sample=10).queue.pair_ids == small
     large = review_of(run, sample=25).queue.pair_ids
-    assert large[:10] == small and len(set(large)) == 25
+    assert large[:10] == small
+    assert len(set(large)) == 25
     assert review_of(run, sample=500).queue.pair_ids[:25] == large
 
 
@@ -222,7 +224,8 @@ def test_a_sampled_pair_hides_what_the_model_says_until_it_is_decided(tmp_path):
     assert before["is_hidden"]
     assert not {"tag", "probability", "reasons", "best_caption", "best_image"} & before.keys()
     after = review.decide(before["pair_id"], "keep", None, "ann")["pair"]
-    assert after["tag"] and not after["is_hidden"]
+    assert after["tag"]
+    assert not after["is_hidden"]
     assert lines_of(run)[0]["sample"] is True
     assert review.page(0, 1, "bob")[0]["is_hidden"]
 
@@ -239,9 +242,8 @@ def test_figures_of_a_sample_are_those_counted_by_hand(tmp_path):
         {"clean": 1, "ambiguous": 1, "noisy": 20},
         {"clean": 19, "ambiguous": 19, "noisy": 0},
     )
-    assert found["precision"]["estimate"] == 1 and found["precision"]["low"] == pytest.approx(
-        0.8389, abs=1e-3
-    )
+    assert found["precision"]["estimate"] == 1
+    assert found["precision"]["low"] == pytest.approx(0.8389, abs=1e-3)
     assert found["recall"]["estimate"] == pytest.approx(20 / 22)
     assert found["recall"]["low"] < 20 / 22 < found["recall"]["high"] < 1
     assert found["noise"]["estimate"] == pytest.approx(22 / 60)
@@ -290,7 +292,8 @@ def test_the_statement_says_how_little_it_rests_on():
 
 def test_nothing_wrong_and_nothing_noisy_are_said_to_be_unknown():
     found = figures([("clean", False)] * 40, {"clean": 40}, 40)
-    assert math.isnan(found.precision.estimate) and math.isnan(found.recall.estimate)
+    assert math.isnan(found.precision.estimate)
+    assert math.isnan(found.recall.estimate)
     assert "precision of noisy: unknown, no pair of the sample is tagged so" in statement(found)
     assert "recall of noisy: unknown, no caption of the sample is wrong" in statement(found)
     assert figures_json(found)["precision"] is None
