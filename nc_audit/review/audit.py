@@ -209,7 +209,7 @@ def statement(found: Figures) -> list[str]:
     )
     if wrong < _FEW or tagged < _FEW:
         lines.append(
-            "that is few: a uniform sample holds no more noise than the dataset; a larger --sample tells more"
+            "that is few: a uniform sample holds no more noise than the dataset; a larger one tells more"
         )
     if decided < found.drawn:
         lines.append(
@@ -218,7 +218,7 @@ def statement(found: Figures) -> list[str]:
     if found.conflicts:
         lines.append(f"reviewers disagree about {found.conflicts:,} of them; the last decision counts")
     if found.in_view:
-        lines.append(f"{found.in_view:,} of them were decided, or turned round, with the tag in view")
+        lines.append(f"decided, or turned round, with the tag in view: {found.in_view:,}")
     return lines
 
 

@@ -281,10 +281,10 @@ def test_the_statement_says_how_little_it_rests_on():
         "share of wrong captions: 4.0 % (95% interval 1.6 % to 9.8 %)",
         "precision of noisy: 100.0 % (95% interval 43.9 % to 100.0 %), from 3 of them in the sample",
         statement(found)[3],
-        "that is few: a uniform sample holds no more noise than the dataset; a larger --sample tells more",
+        "that is few: a uniform sample holds no more noise than the dataset; a larger one tells more",
         "20 of the sample are not decided; if those are the hard ones, the figures flatter",
         "reviewers disagree about 2 of them; the last decision counts",
-        "1 of them were decided, or turned round, with the tag in view",
+        "decided, or turned round, with the tag in view: 1",
     ]
     assert statement(found)[3].startswith("recall of noisy: 76.4 % (95% interval ")
     assert statement(found)[3].endswith(", from 4 wrong captions in the sample")

@@ -130,7 +130,8 @@ function show(pair) {
 
   el("tag").textContent = pair.is_hidden ? "tag hidden until you decide" : pair.tag ?? "not tagged";
   el("tag").className = pair.is_hidden ? "unknown" : pair.tag ?? "unknown";
-  el("likely").textContent = pair.probability == null ? "" : `${percent(pair.probability)} likely noise`;
+  el("likely").textContent = pair.is_hidden ? "Does the caption describe the image?"
+    : pair.probability == null ? "" : `${percent(pair.probability)} likely noise`;
   el("mine").replaceChildren(...(pair.mine ? [pill(`you: ${words({ ...pair.mine, caption: null })}`, pair.mine.decision)] : []));
   el("caption").textContent = pair.caption_shown || "(no caption)";
   el("caption").className = pair.caption_shown.length > 220 ? "long" : "";
