@@ -250,9 +250,7 @@ def show_review(facts: Mapping[str, Any]) -> None:
     if facts["num_conflicts"]:
         shown = ", ".join(plain(one) for one in facts["conflicts"][:5])
         more = ", ..." if facts["num_conflicts"] > 5 else ""
-        console.print(
-            Text(f"reviewers disagree about {facts['num_conflicts']:,} pairs: {shown}{more}", "yellow")
-        )
+        console.print(Text(f"reviewers disagree about {facts['num_conflicts']:,}: {shown}{more}", "yellow"))
     if facts["num_torn"]:
         console.print(Text(f"{facts['num_torn']:,} torn lines of decisions.jsonl were passed over", "yellow"))
     for line in facts["statement"]:
