@@ -8,6 +8,14 @@ const el = (id) => document.getElementById(id);
 const state = { reviewer: "", at: null, total: 0, decided: 0, view: "open", sample: false, busy: false, over: false };
 const pages = new Map();
 
+// What the browser keeps for this very address, so that another server on the same port does not inherit it; a browser
+// that keeps nothing is fine too.
+const kept = {
+  key: (name) => `${name} ${location.pathname}`,
+  get(name) { try { return sessionStorage.getItem(this.key(name)); } catch { return null; } },
+  set(name, value) { try { sessionStorage.setItem(this.key(name), value); } catch { /* nothing is kept */ } },
+};
+
 class Refused extends Error {}
 
 async function ask(path, body) {
@@ -175,12 +183,8 @@ async function preload(at) {
 }
 
 async function showDone() {
-  const title = {
-    open: `All ${state.total.toLocaleString("en")} pairs are decided`,
-    all: "There is no pair to show",
-    decided: "Nothing is decided yet",
-    conflicts: "No conflicts",
-  }[state.view];
+  const title = { decided: "Nothing is decided yet", conflicts: "No conflicts" }[state.view]
+    ?? `All ${state.total.toLocaleString("en")} pairs are decided`;
   const { lines } = await ask(`api/figures?${query({})}`);
   el("pair").hidden = true;
   el("done").hidden = false;
@@ -190,7 +194,7 @@ async function showDone() {
     line.textContent = text;
     return line;
   }));
-  el("done-hint").textContent = state.view === "open"
+  el("done-hint").textContent = state.view === "open" || state.view === "all"
     ? "Finish lets tags, reports and exports follow your decisions. Undo takes the last one back."
     : "Choose under “Show” what to see.";
   state.at = null;
@@ -322,7 +326,7 @@ el("naming").addEventListener("close", () => {
     state.reviewer = name;
     try {
       await begin();
-      sessionStorage.setItem("reviewer", state.reviewer);
+      kept.set("reviewer", state.reviewer);
     } catch (problem) {
       state.reviewer = before;
       throw problem;
@@ -339,8 +343,8 @@ el("image").addEventListener("error", () => {
   el("image").hidden = true;
   el("unreadable").hidden = false;
 });
-el("keys").addEventListener("change", () => localStorage.setItem("keys", el("keys").checked ? "on" : "off"));
-el("keys").checked = localStorage.getItem("keys") !== "off";
+el("keys").addEventListener("change", () => kept.set("keys", el("keys").checked ? "on" : "off"));
+el("keys").checked = kept.get("keys") !== "off";
 el("view").value = "open";
-state.reviewer = sessionStorage.getItem("reviewer") ?? "";
+state.reviewer = kept.get("reviewer") ?? "";
 inTurn(begin);
