@@ -520,13 +520,13 @@ def _account() -> str:
 
 
 def _browse(url: str) -> None:
-    """Open a browser where there is one; it must not end the command, nor write over its output."""
+    """Open a browser beside us, where there is a screen for one: a text browser would take the terminal."""
+    import threading
     import webbrowser
 
-    try:
-        webbrowser.open(url)
-    except (webbrowser.Error, OSError):
+    if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & os.environ.keys():
         return
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _until_stopped(serve: Callable[[], None]) -> None:

@@ -70,6 +70,7 @@ def test_pairs_are_decided_by_key_and_a_reload_shows_it(tmp_path, page):
         expect(page, "#tag", "noisy")
         expect(page, "#likely", "95 % likely noise")
         expect(page, "#better-caption .words", "a better caption 0")
+        expect(page, "#better-caption h2", "A caption that fits this image better (+0.25 cosine)")
         page.keyboard.press("k")
         expect(page, "#caption", "caption number 3")
         expect(page, "#said", "Kept: row 0.")

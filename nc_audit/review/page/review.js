@@ -2,7 +2,7 @@
 
 const PAGE = 20;
 const STALE = 20_000; // milliseconds after which a page of pairs is asked for again, since others may have decided
-const DONE = { keep: "Kept", drop: "Dropped", fix: "Caption fixed", rematch: "Better caption taken" };
+const DONE = { keep: "Kept", drop: "Dropped", fix: "Caption fixed", rematch: "Other caption taken" };
 
 const el = (id) => document.getElementById(id);
 const state = { reviewer: "", at: null, total: 0, decided: 0, view: "open", sample: false, busy: false, over: false };
@@ -105,7 +105,7 @@ function pill(word, kind) {
 }
 
 function words(decision) {
-  const what = { keep: "keep", drop: "drop", fix: "fix", rematch: "better caption" }[decision.decision];
+  const what = { keep: "keep", drop: "drop", fix: "fix", rematch: "re-match" }[decision.decision];
   return decision.caption ? `${what} “${decision.caption}”` : what;
 }
 
@@ -159,10 +159,14 @@ function show(pair) {
     return line;
   }));
   const [caption, better] = [el("better-caption"), el("better-image")];
+  const [wins, imageWins] = [!(pair.best_caption_margin <= 0), !(pair.best_image_margin <= 0)];
   caption.hidden = !pair.best_caption;
+  caption.querySelector(".what").textContent = wins ? "A caption that fits this image better" : "The next best caption for this image";
+  el("rematch").firstElementChild.textContent = wins ? "Use better caption" : "Use next best caption";
   caption.querySelector(".words").textContent = pair.best_caption ?? "";
   caption.querySelector(".margin").textContent = signed(pair.best_caption_margin ?? null);
   better.hidden = !pair.best_image_id;
+  better.querySelector(".what").textContent = imageWins ? "An image that fits this caption better" : "The next best image for this caption";
   better.querySelector(".words").textContent = pair.best_image ?? "";
   better.querySelector(".margin").textContent = signed(pair.best_image_margin ?? null);
   if (pair.best_image_id) {
