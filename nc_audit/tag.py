@@ -110,7 +110,7 @@ def tag_scores(
     if decisions:
         at, standing = _decided_rows(pairs["pair_id"], is_ok, decisions)
         for row, one in zip(at, standing, strict=True):
-            name = decided_by[row] = one.reviewer if one.reviewer not in ("", MODEL) else NAMELESS
+            name = decided_by[row] = _encodable(one.reviewer) if one.reviewer not in ("", MODEL) else NAMELESS
             reasons[row] = _reasons_of(one, name, codes[row], reasons[row])
             codes[row] = 2 if one.decision == "drop" else 0
     tags = pa.DictionaryArray.from_arrays(
@@ -175,10 +175,15 @@ def _decided_rows(
 ) -> tuple[list[int], list[Decision]]:
     """The ok rows on whose pair somebody decided, and the decision of each."""
     standing = list(decisions.values())
-    found = pc.fill_null(pc.index_in(pair_id, pa.array(list(decisions), pa.string())), -1)
+    found = pc.fill_null(pc.index_in(pair_id, pa.array([*map(_encodable, decisions)], pa.string())), -1)
     which = np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
     at = np.flatnonzero((which >= 0) & is_ok)
     return at.tolist(), [standing[one] for one in which[at].tolist()]
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which JSON may hold and Arrow does not, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _reasons_of(decision: Decision, name: str, code: int, model: list[str]) -> list[str]:

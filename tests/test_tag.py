@@ -338,6 +338,12 @@ def test_nobody_decides_in_the_model_s_name(name):
     assert found["decided_by"].to_pylist() == ["reviewer", "model"]
 
 
+def test_half_a_character_in_a_decision_breaks_nothing():
+    decided = {"p0": decision("p0", "drop", "a\ud800"), "p\udfff": decision("p\udfff", "drop")}
+    found = tag_scores(*tables(np.array([0.1, 0.1])), Thresholds(0.2, 0.8), decisions=decided)
+    assert found["decided_by"].to_pylist() == ["a\\ud800", "model"]
+
+
 def test_a_budget_does_not_take_a_decision_back():
     decided = {"p0": decision("p0", "keep")}
     found = tag_scores(*tables(np.array([0.9, 0.8])), Thresholds(0.2, 0.8), budget=1.0, decisions=decided)

@@ -195,7 +195,15 @@ def _text(line: dict[str, Any], name: str) -> str:
         return ""
     if isinstance(value, bool | list | dict | float):
         raise DatasetError(f"{name} is no text")
-    return str(value).strip()
+    text = str(value).strip()
+    if text != _encodable(text):
+        raise DatasetError(f"{name} holds half a character: {_encodable(text)[:80]}")
+    return text
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which no file can hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _time(text: str) -> str:
@@ -260,7 +268,7 @@ def _decision_rows(run: Run, journal: Journal) -> list[dict[str, Any]]:
     ]
     taken.sort(key=lambda one: one[0])
     table = joined(run, pairs=["pair_id", "image", "caption"])
-    wanted = pa.array([pair_id for _, pair_id, _, _ in taken], pa.string())
+    wanted = pa.array([_encodable(pair_id) for _, pair_id, _, _ in taken], pa.string())
     found = table.filter(pc.is_in(table["pair_id"], value_set=wanted)).to_pylist()
     facts = {one["pair_id"]: one for one in reversed(found)}
     rows = []

@@ -154,6 +154,8 @@ def _checked(entry: Any, where: str) -> Entry:
     caption = entry.get("caption")
     if entry["decision"] in ("fix", "rematch") and not (isinstance(caption, str) and caption.strip()):
         raise RunError(f"{where}: {entry['decision']} without a caption", hint)
+    if entry["decision"] not in ("fix", "rematch"):
+        entry = {name: value for name, value in entry.items() if name != "caption"}
     return entry | {"reviewer": str(entry.get("reviewer") or ""), "time": str(entry.get("time") or "")}
 
 

@@ -116,6 +116,10 @@ def test_one_wrong_line_and_nothing_is_imported(tmp_path, text, message):
         (b"[" * 100_000, "in.jsonl: line 1 cannot be read: "),
         (b'{"row": 0.5, "decision": "keep"}', "in.jsonl: line 1: row is no text"),
         (b'{"pair_id": ["a"], "decision": "keep"}', "in.jsonl: line 1: pair_id is no text"),
+        (
+            b'{"row": 0, "decision": "fix", "caption": "\\ud800"}',
+            "in.jsonl: line 1: caption holds half a character: \\ud800",
+        ),
     ],
 )
 def test_a_damaged_file_is_told_with_its_line(tmp_path, data, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -63,6 +64,23 @@ def test_unseen_characters_are_shown_and_the_caption_itself_is_kept(tmp_path):
     pair = review.page(0, 1, "ann")[0]
     assert pair["caption"] == nasty
     assert pair["caption_shown"] == "a\\u202eb<script>\\x1b[2J\\n"
+
+
+def test_what_a_stranger_wrote_into_the_file_is_shown_and_does_no_harm(tmp_path):
+    run = run_of(tmp_path / "run")
+    odd = {
+        "pair_id": ids_of()[0],
+        "decision": "keep",
+        "caption": [1],
+        "reviewer": "\x1b[2J\ud800",
+        "time": {},
+    }
+    (run.path / "decisions.jsonl").write_text(json.dumps(odd) + "\n")
+    review = review_of(run)
+    review.decide(ids_of()[0], "drop", None, "ann")
+    assert review.page(0, 1, "ann")[0]["others"][0]["reviewer"] == "\\x1b[2J\\ud800"
+    assert json.dumps(review.page(0, 1, "ann"))
+    assert apply_decisions(run)["decided_rows"] == 1
 
 
 # --- deciding
