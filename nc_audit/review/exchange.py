@@ -54,7 +54,7 @@ def export_decisions(
 
     Args:
         run: a run that is scored and tagged.
-        path: the file; replaced when it is there.
+        path: the file, a new one.
         form: one of FORMATS; by the ending of the file when not given.
         tags: labelstudio and argilla: only pairs with these tags.
 
@@ -62,7 +62,7 @@ def export_decisions(
         How many lines, tasks or records.
 
     Raises:
-        DatasetError: the format is unknown, or does not fit the ending.
+        DatasetError: the format is unknown or does not fit the ending, or the file exists.
     """
     form = form or {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(path.suffix.lower())
     if form is None:
@@ -74,6 +74,8 @@ def export_decisions(
         raise DatasetError(f"unknown format {plain(form)!r}", nearest(form, FORMATS))
     if path.is_dir():
         raise DatasetError(f"{path} is a folder", "name a file")
+    if path.exists():
+        raise DatasetError(f"{path} exists", "name another file; nothing is overwritten")
     journal = Journal(run.path)
     if form in ("labelstudio", "argilla"):
         records = list(_records(run, journal, form, tags))

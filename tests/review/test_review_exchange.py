@@ -177,6 +177,15 @@ def test_an_export_that_cannot_be_is_told(tmp_path, name, form, message):
     assert caught.value.message == message.format(path=tmp_path)
 
 
+def test_no_file_is_overwritten_least_of_all_the_decisions(tmp_path):
+    run = decided_run(tmp_path / "run")
+    before = (run.path / "decisions.jsonl").read_bytes()
+    with pytest.raises(DatasetError) as caught:
+        export_decisions(run, run.path / "decisions.jsonl")
+    assert caught.value.message == f"{run.path / 'decisions.jsonl'} exists"
+    assert (run.path / "decisions.jsonl").read_bytes() == before
+
+
 @settings(max_examples=12)
 @given(st.text(min_size=1, max_size=40).filter(lambda text: text.strip() and "\r" not in text))
 def test_any_new_caption_survives_json_lines(tmp_path_factory, caption):
