@@ -398,6 +398,153 @@ def tag(
         console.show_summary(summary, str(opened.path), is_default=run is None)
 
 
+@command("review")
+def review(
+    run: RunOption = None,
+    reviewer: Annotated[
+        str | None,
+        typer.Option(
+            "--reviewer", metavar="NAME", help="Who decides; the name of the account when not given."
+        ),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAGS", help="Only these tags, e.g. noisy,ambiguous.")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=1, help="Pairs drawn at random, tags hidden, to measure the tags."
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")
+    ] = False,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Print what the random sample says, and who decided what; then stop."),
+    ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write the decisions to a file; then stop."),
+    ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Take decisions from a csv or jsonl file; then stop."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="csv|jsonl|labelstudio|argilla",
+            help="Of --export; by its ending when not given.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Let people keep, drop or correct pairs in a local web page; what they decide wins over the tags.
+
+    Example: nc-audit review --tag noisy,ambiguous
+    """
+    from nc_audit import console
+    from nc_audit.pipeline import open_images
+    from nc_audit.review import (
+        Review,
+        ReviewServer,
+        export_decisions,
+        import_decisions,
+        review_facts,
+    )
+
+    if sum((stats, export is not None, import_ is not None)) > 1:
+        raise DatasetError("--stats, --export and --import each stop when done", "give one of them")
+    if format is not None and export is None:
+        raise DatasetError(
+            "--format goes with --export", "for example --export tasks.json --format labelstudio"
+        )
+    if tag is not None and sample is not None:
+        raise DatasetError("--sample draws from all pairs", "give it without --tag")
+    opened = _open(run)
+    name = reviewer or _account()
+    if export is not None:
+        count = export_decisions(opened, export, form=format, tags=_listed(tag))
+        facts: dict[str, Any] = {"out": str(export), "entries": count}
+        console.print_json(facts) if json else console.print_data(f"{count:,} entries written to {export}")
+        return
+    if import_ is not None:
+        facts = import_decisions(opened, import_, reviewer=name)
+        _follow(opened)
+        console.print_json(facts) if json else console.show_import(facts)
+        return
+    if not stats:
+        held = Review(opened, name, tags=_listed(tag), sample=sample, read_image=open_images(opened).read)
+        server = ReviewServer(held, port)
+        console.show_address(server.url, len(held.queue), json=json)
+        if not no_browser:
+            _browse(server.url)
+        _until_stopped(server.serve_until_finished)
+        _follow(opened)
+    facts = review_facts(opened)
+    if json:
+        console.print_json({"run": str(opened.path), **facts})
+    else:
+        console.show_review(facts)
+
+
+def _follow(run: Any) -> None:
+    """Let the tags follow the decisions; these are safe in any case."""
+    from nc_audit import console
+    from nc_audit.pipeline import apply_decisions
+
+    try:
+        apply_decisions(run)
+    except AuditError as problem:
+        console.show_error(
+            AuditError(
+                f"the tags do not follow yet: {problem.message}",
+                "decisions are saved; " + (problem.hint or "nc-audit tag"),
+            )
+        )
+
+
+def _account() -> str:
+    """The name of the account, for decisions that name nobody."""
+    from getpass import getuser
+
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return "reviewer"
+
+
+def _browse(url: str) -> None:
+    """Open a browser beside us, where there is a screen for one: a text browser would take the terminal."""
+    import threading
+    import webbrowser
+
+    if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & os.environ.keys():
+        return
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _until_stopped(serve: Callable[[], None]) -> None:
+    """Serve until it is over; Ctrl-C and a plain kill end it in good order, since every decision is saved."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        serve()
+    except KeyboardInterrupt:
+        return
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @command("bench")
 def bench(
     dataset: Annotated[

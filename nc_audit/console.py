@@ -137,6 +137,8 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
         if name != "ok":
             table.add_row(Text(name, "magenta"), f"{count:,}", "not audited")
     console.print(table)
+    if summary.get("decided_rows"):
+        console.print(Text(f"decided by people: {summary['decided_rows']:,} rows"))
     for line in rate_lines(summary):
         console.print(Text(line))
     seconds = summary["seconds"]
@@ -216,6 +218,54 @@ def show_export(result: ExportResult) -> None:
         console.print(Text(f"  left out: {count:,}  {reason}"))
     if result.num_rematched:
         console.print(Text(f"  captions replaced: {result.num_rematched:,}"))
+
+
+def show_address(url: str, num_pairs: int, *, json: bool) -> None:
+    """Where the review page is; to stderr where stdout is for one JSON document."""
+    text = f"{num_pairs:,} pairs to review at {url}"
+    if json:
+        err.print(Text(text))
+    else:
+        print_data(text)
+        sys.stdout.flush()
+    err.print(
+        Text("every decision is saved at once; Finish in the page, or Ctrl-C here, ends the review", "dim")
+    )
+
+
+def show_review(facts: Mapping[str, Any]) -> None:
+    """Who decided what, and what a random sample says, to stdout."""
+    from nc_audit.report.text import plain
+
+    console = out()
+    reviewers = facts["reviewers"]
+    if reviewers:
+        names = ("keep", "drop", "fix", "rematch")
+        show_listing(
+            ["reviewer", *names],
+            [[name, *(f"{counts.get(one, 0):,}" for one in names)] for name, counts in reviewers.items()],
+        )
+    pairs = "pair" if facts["decided"] == 1 else "pairs"
+    console.print(Text(f"{facts['decided']:,} {pairs} decided by people; their word wins over the tags"))
+    if facts["num_conflicts"]:
+        shown = ", ".join(plain(one) for one in facts["conflicts"][:5])
+        more = ", ..." if facts["num_conflicts"] > 5 else ""
+        console.print(Text(f"reviewers disagree about {facts['num_conflicts']:,}: {shown}{more}", "yellow"))
+    if facts["num_torn"]:
+        console.print(Text(f"{facts['num_torn']:,} torn lines of decisions.jsonl were passed over", "yellow"))
+    for line in facts["statement"]:
+        console.print(Text(line))
+    if not facts["statement"]:
+        err.print(Text("next: nc-audit review --sample 150 measures the tags", "dim"))
+
+
+def show_import(facts: Mapping[str, Any]) -> None:
+    """What an import of decisions took, to stdout."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in facts["by_decision"].items())
+    text = f"{facts['imported']:,} decisions imported" + (f": {counts}" if counts else "")
+    if facts["unchanged"]:
+        text += f"; {facts['unchanged']:,} stood already"
+    out().print(Text(text))
 
 
 def show_evaluation(result: Mapping[str, Any]) -> None:

@@ -31,11 +31,12 @@ from nc_audit.dataset import (
     mark_corrupt,
     read_trusted,
 )
+from nc_audit.decisions import Decision, read_decisions
 from nc_audit.errors import DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import METHOD_COLUMNS, SCORES, TRAJECTORY
-from nc_audit.tag import Thresholds, tag_scores, threshold_for_precision
+from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,6 +172,11 @@ class _Audit:
         if entry.get("retagged_from") != stages["score"]["key"] or not self.run.is_done("tag", entry["key"]):
             return False
         self.watch.note("tags are as nc-audit tag set them; --force brings the recipe's thresholds back")
+        if entry["key"] != _retag_key(self.run, *thresholds_in_use(entry)):
+            self.watch.note("people decided about pairs since: the tags follow")
+            _commit_tags(self.run)
+            self.run.manifest["summary"] = summarise(self.run)
+            self.run.save()
         return True
 
     @contextmanager
@@ -203,7 +209,7 @@ class _Audit:
             return known
         if stage == "score":
             return recipe.score.model_dump(mode="json")
-        return recipe.tag.model_dump(mode="json")
+        return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
 
     # --- shared values
 
@@ -496,6 +502,8 @@ class _Audit:
 
     def _tag(self) -> tuple[dict[str, int], dict[str, Any]]:
         section = self.recipe.tag
+        for note in read_decisions(self.run.path)[1]:
+            self.watch.warn(note)
         return _write_tags(self.run, Thresholds(section.clean_at, section.noisy_at), None)
 
 
@@ -531,21 +539,85 @@ def retag(
         high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
         low = min(low, high)
     with run.locked():
-        files, facts = _write_tags(run, Thresholds(low, high), budget)
-        source = run.stage("score")["key"]
-        run.commit(
-            "tag", digest_of(["retag", source, low, high, budget]), files, 0.0, retagged_from=source, **facts
-        )
+        thresholds = Thresholds(low, high)
+        key = _retag_key(run, thresholds, budget)
+        files, facts = _write_tags(run, thresholds, budget)
+        run.commit("tag", key, files, 0.0, retagged_from=run.stage("score")["key"], **facts)
         run.manifest["summary"] = summarise(run)
         run.save()
     return run.manifest["summary"]
+
+
+def apply_decisions(run: Run) -> dict[str, Any]:
+    """Let the tags of a run follow what people decided, under the thresholds in use.
+
+    Returns:
+        The new summary; the one that is there where nothing changed.
+
+    Raises:
+        RunError: the run is not tagged, another process holds it, or a line of decisions.jsonl is no decision.
+    """
+    run.stage("tag")
+    with run.locked():
+        run.manifest = Run.open(run.path).manifest
+        if _commit_tags(run) or "summary" not in run.manifest:
+            run.manifest["summary"] = summarise(run)
+            run.save()
+    return run.manifest["summary"]
+
+
+def _commit_tags(run: Run) -> bool:
+    """Tag again as the stage was tagged last; whether anything about the decisions had changed since."""
+    entry = run.stage("tag")
+    thresholds, budget = thresholds_in_use(entry)
+    source = run.stage("score")["key"]
+    kept = {"retagged_from": source} if "retagged_from" in entry else {}
+    if kept:
+        key = _retag_key(run, thresholds, budget)
+    else:
+        section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
+        key = digest_of([source, _tag_inputs(run, section)])
+    if run.is_done("tag", key):
+        return False
+    files, facts = _write_tags(run, thresholds, budget)
+    run.commit("tag", key, files, 0.0, **kept, **facts)
+    return True
+
+
+def _tag_inputs(run: Run, section: Any) -> Any:
+    """What the tags depend on beyond the scores: the recipe's section, and what people decided where they did."""
+    decisions = _decisions_digest(_decisions(run))
+    return [section, decisions] if decisions else section
+
+
+def _retag_key(run: Run, thresholds: Thresholds, budget: float | None) -> str:
+    chosen = ["retag", run.stage("score")["key"], thresholds.clean_at, thresholds.noisy_at, budget]
+    decisions = _decisions_digest(_decisions(run))
+    return digest_of([*chosen, decisions] if decisions else chosen)
+
+
+def _decisions(run: Run) -> dict[str, Decision]:
+    return read_decisions(run.path)[0]
+
+
+def _decisions_digest(decisions: dict[str, Decision]) -> str | None:
+    """Hash of what tags see of the decisions; None where there are none."""
+    seen = sorted((one.pair_id, one.decision, one.reviewer) for one in decisions.values())
+    return digest_of(seen) if seen else None
 
 
 def _write_tags(
     run: Run, thresholds: Thresholds, budget: float | None
 ) -> tuple[dict[str, int], dict[str, Any]]:
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
-    tags = tag_scores(run.table("scores"), run.table("pairs"), thresholds, blind=blind, budget=budget)
+    tags = tag_scores(
+        run.table("scores"),
+        run.table("pairs"),
+        thresholds,
+        blind=blind,
+        budget=budget,
+        decisions=_decisions(run),
+    )
     run.write_table("tags", tags)
     stated = {
         "clean_at": thresholds.clean_at,
@@ -562,7 +634,8 @@ def summarise(run: Run) -> dict[str, Any]:
         RunError: they do not, or a stage is missing.
     """
     status = _counts(run.table("pairs", ["status"])["status"])
-    tags = _counts(run.table("tags", ["tag"])["tag"])
+    tagged = run.table("tags", ["tag", "decided_by"])
+    tags = _counts(tagged["tag"])
     rows = sum(status.values())
     if sum(tags.values()) != status.get("ok", 0):
         raise RunError(
@@ -577,6 +650,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "captions": train["captions"],
         "status": status,
         "tags": {tag: tags.get(tag, 0) for tag in ("clean", "ambiguous", "noisy")},
+        "decided_rows": pc.sum(pc.not_equal(tagged["decided_by"], MODEL)).as_py() or 0,
         "noise_rate": run.stage("score")["noise_rate"],
         "whole_images": train["whole_images"],
         "thresholds": run.stage("tag")["thresholds"],
