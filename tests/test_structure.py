@@ -16,7 +16,7 @@ import nc_audit
 PACKAGE = Path(nc_audit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods"}
+ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions"}
 """What every module may import, itself aside."""
 
 ALSO = {
@@ -31,6 +31,7 @@ ALSO = {
         "nc_audit.report.text",
         "nc_audit.report.joined",
         "nc_audit.report.summary",
+        "nc_audit.dataset.guard",
     },
     "encoders": {"nc_audit.dataset", "nc_audit.dataset.images"},
     "tokens": {"nc_audit.embed", "nc_audit.encoders"},
@@ -70,6 +71,7 @@ FOUNDATION = {
     "schema": {"errors"},
     "run": {"errors", "schema", ""},
     "recipe": {"errors", "run"},
+    "decisions": {"errors"},
     "model": {"errors", "run", "methods"},
 }
 """What the modules that everybody may import may import themselves; "" is the package's own name and version."""

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nc_audit.dataset.captions_json import encoding_of, parse_json
+from nc_audit.dataset.guard import is_guarded, unguard
 from nc_audit.dataset.ids import content_id
 from nc_audit.dataset.images import bytes_of, embedded_columns, header_problem
 from nc_audit.dataset.rows import (
@@ -207,8 +208,14 @@ def read_delimited(
             header = next((cells for cells in reader if cells), None)
             if header is None:
                 raise DatasetError(f"{source} is empty", "it needs a header line with the columns' names")
+            guarded = is_guarded(path)
+            if guarded:
+                header = [unguard(name) for name in header]
+                notes.append(f"{source} is an export of nc-audit; its apostrophes before formulas are not read")
             columns = choose_columns(header, source, options, notes, prefer=prefer)
-            yield from _delimited_rows(reader, lines, header, columns, delimiter, source, split, counts)
+            yield from _delimited_rows(
+                reader, lines, header, columns, delimiter, source, split, counts, guarded
+            )
         except csv.Error as problem:
             raise DatasetError(
                 f"{source} line {reader.line_num + 1:,}: {problem}", "repair the line"
@@ -242,6 +249,7 @@ def _delimited_rows(
     source: str,
     split: str | None,
     counts: Counts,
+    guarded: bool = False,
 ) -> Iterator[Batch]:
     width = len(header)
     image_at = header.index(columns.image)
@@ -255,7 +263,7 @@ def _delimited_rows(
         first, line = line + 1, line + len(record)
         if not found:
             continue
-        cells: list[str | None] = list(found)
+        cells: list[str | None] = [unguard(cell) for cell in found] if guarded else list(found)
         if len(record) > 1:
             counts.add("broken_lines", first)
         if len(cells) > width and any(cells[width:]):
@@ -277,7 +285,9 @@ def _delimited_rows(
         captions: list[str | None] = []
         for at in captions_at:
             caption = cells[at]
-            if caption and caption[0] in "[ " and (listed := list_in(caption)) is not None:
+            # An export of ours has one caption in a cell, whatever it looks like.
+            is_list = not guarded and caption and caption[0] in "[ "
+            if is_list and caption and (listed := list_in(caption)) is not None:
                 counts.add("lists", first)
                 captions += captions_of(listed)
             elif len(captions_at) > 1 and not (caption and caption.strip()):

@@ -26,7 +26,7 @@ def beside(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-WHOLE = ["README.md", "data/train-00000-of-00001.parquet", "dropped.csv", "export.json"]
+WHOLE = ["README.md", "croissant.json", "data/train-00000-of-00001.parquet", "dropped.csv", "export.json"]
 
 
 def test_an_export_lists_its_files(run, tmp_path):
@@ -38,7 +38,7 @@ def test_an_export_lists_its_files(run, tmp_path):
 def test_an_earlier_export_is_replaced_as_a_whole(run, tmp_path):
     out = tmp_path / "out"
     export_run(run, out, rematch=True, read_image=reader())
-    assert "rematched.csv" in names(out)
+    assert "rematches.csv" in names(out)
     export_run(run, out, drop=["noisy"], read_image=reader())
     assert names(out) == WHOLE
     assert json.loads((out / "export.json").read_text(encoding="utf-8"))["kept"] == 1

@@ -1,0 +1,136 @@
+"""The two json families of captioning: COCO's, one file of annotations per split, and Karpathy's, one for all.
+
+Both stand beside `images/`, where each distinct image lies once. The documents are written as they grow, not held.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nc_audit.export.plan import Written
+from nc_audit.export.rows import (
+    ImageFiles,
+    Progress,
+    ReadImage,
+    Rows,
+    facts_of,
+    names_of_splits,
+    split_series,
+)
+from nc_audit.report.text import json_text
+
+IMAGES, ANNOTATIONS, KARPATHY = "images", "annotations", "dataset.json"
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+def write_coco(
+    kept: pa.Table, folder: Path, read: ReadImage, *, with_splits: bool, progress: Progress | None = None
+) -> Written:
+    """Write `annotations/captions_SPLIT.json` (`captions.json` without splits) and `images/`.
+
+    An annotation is a pair, in the order of the rows; `id` counts from 1 over all splits. An image that two splits
+    share has one id and one file.
+
+    Args:
+        kept: rows of a plan.
+        folder: an empty folder.
+        read: the bytes of an image.
+        with_splits: one file per split.
+        progress: called with the rows done and their number.
+    """
+    names = [name for name in facts_of(kept, with_splits=with_splits) if name not in {"split", "image_id"}]
+    rows, images = Rows(read, kept.num_rows, progress), ImageFiles(folder / IMAGES)
+    written = Written(["file_name", "caption", *names], unreadable=rows.unreadable)
+    (folder / ANNOTATIONS).mkdir()
+    numbers: dict[str, int] = {}
+    next_id = 1
+    for split, split_name, table in split_series(kept, with_splits=with_splits):
+        name = f"{ANNOTATIONS}/captions_{split_name}.json" if with_splits else f"{ANNOTATIONS}/captions.json"
+        later, here = folder / f"{name}.annotations", set[str]()
+        first_id = next_id
+        with (folder / name).open("w", encoding="utf-8") as file, later.open("w", encoding="utf-8") as more:
+            file.write('{"info": {"description": "written by nc-audit"}, "licenses": [], "images": [')
+            for row, data in rows.each(table, images.names):
+                stored = images.store(row, data)
+                number = numbers.setdefault(row["image_id"], len(numbers) + 1)
+                if row["image_id"] not in here:
+                    image = {"id": number, "file_name": stored, "content_id": row["image_id"]}
+                    _append(file, image | ({"split": split} if split is not None else {}), len(here))
+                    here.add(row["image_id"])
+                annotation = {"id": next_id, "image_id": number, "caption": row["caption"]}
+                _append(more, annotation | {name: row[name] for name in names}, next_id - first_id)
+                next_id += 1
+            file.write('\n], "annotations": [')
+            more.close()
+            with later.open(encoding="utf-8") as found:
+                shutil.copyfileobj(found, file)
+            file.write("\n]}\n")
+        later.unlink()
+        if next_id == first_id:
+            (folder / name).unlink()
+            continue
+        written.num_rows[split_name] = next_id - first_id
+        written.data[name] = split
+    return written
+
+
+def write_karpathy(
+    kept: pa.Table, folder: Path, read: ReadImage, *, with_splits: bool, progress: Progress | None = None
+) -> Written:
+    """Write `dataset.json`, an entry per image and split with its sentences, and `images/`.
+
+    Entries follow the first row of each image, sentences the order of the rows. `sentid` counts from 0 over all.
+    Arguments as in `write_coco`.
+    """
+    names = [name for name in facts_of(kept, with_splits=with_splits) if name not in {"split", "image_id"}]
+    splits = names_of_splits(kept, with_splits=with_splits)
+    rows, images = Rows(read, kept.num_rows, progress), ImageFiles(folder / IMAGES)
+    written = Written(
+        ["filename", "raw", *names], unreadable=rows.unreadable, data={KARPATHY: None}, is_grouped=True
+    )
+    num_images, num_sentences = 0, 0
+    entry: dict[str, Any] = {}
+    key: tuple[str, str | None] | None = None
+    with (folder / KARPATHY).open("w", encoding="utf-8") as file:
+        file.write('{"dataset": "written by nc-audit", "images": [')
+        for row, data in rows.each(_grouped(kept), images.names):
+            stored = images.store(row, data)
+            if key != (row["image_id"], row["split"]):
+                if entry:
+                    _append(file, entry, num_images)
+                    num_images += 1
+                key = (row["image_id"], row["split"])
+                entry = {"filename": stored, "filepath": IMAGES, "imgid": num_images, "sentids": []}
+                entry |= {"content_id": row["image_id"], "sentences": []}
+                entry |= {"split": row["split"]} if row["split"] is not None else {}
+            sentence = {"raw": row["caption"], "tokens": _WORD.findall(row["caption"].lower())}
+            sentence |= {"imgid": num_images, "sentid": num_sentences} | {name: row[name] for name in names}
+            entry["sentids"].append(num_sentences)
+            entry["sentences"].append(sentence)
+            num_sentences += 1
+            written.count(splits[row["split"]])
+        if entry:
+            _append(file, entry, num_images)
+        file.write("\n]}\n")
+    return written
+
+
+def _append(file: TextIO, value: dict[str, Any], place: int) -> None:
+    file.write((",\n" if place else "\n") + json_text(value, indent=None))
+
+
+def _grouped(kept: pa.Table) -> pa.Table:
+    """The rows with those of one image and split together, in the order of first appearance."""
+    keys = kept.select(["image_id", "split"]).append_column("at", pa.array(np.arange(kept.num_rows)))
+    image = pc.dictionary_encode(keys["image_id"]).combine_chunks().indices.to_numpy()
+    split = pc.dictionary_encode(keys["split"]).combine_chunks().indices.fill_null(-1).to_numpy()
+    combined = image.astype(np.int64) * (int(split.max(initial=0)) + 2) + split + 1
+    _, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
+    return kept.take(pa.array(np.argsort(first[inverse], kind="stable")))
