@@ -211,7 +211,9 @@ def read_delimited(
             guarded = is_guarded(path)
             if guarded:
                 header = [unguard(name) for name in header]
-                notes.append(f"{source} is an export of nc-audit; its apostrophes before formulas are not read")
+                notes.append(
+                    f"{source} is an export of nc-audit; its apostrophes before formulas are not read"
+                )
             columns = choose_columns(header, source, options, notes, prefer=prefer)
             yield from _delimited_rows(
                 reader, lines, header, columns, delimiter, source, split, counts, guarded

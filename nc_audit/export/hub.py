@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from nc_audit.export.plan import Written
 from nc_audit.export.rows import BLOCK_ROWS, Progress, ReadImage, split_series
 from nc_audit.run import digest_of
 
-_GATHERED = ".gathered.arrow"
+_GATHERED = ".gathered"
 _SHARD_SIZE = "450MB"
 
 
@@ -37,7 +38,9 @@ def write_hub(
     schema = export_schema(kept, with_splits=with_splits)
     features = datasets.Features.from_arrow_schema(schema)
     written = Written(schema.names)
-    gathered = folder / _GATHERED
+    # The library refuses to save beside the file that it reads.
+    gathered = folder / _GATHERED / "pairs.arrow"
+    gathered.parent.mkdir()
     done = 0
     was_quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -65,7 +68,7 @@ def write_hub(
     finally:
         if not was_quiet:
             datasets.enable_progress_bars()
-        gathered.unlink(missing_ok=True)
+        shutil.rmtree(gathered.parent)
     if with_splits:
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(written.num_rows)}))
     return written
