@@ -50,7 +50,7 @@ def test_a_decision_says_who_when_and_which_caption():
 @pytest.mark.parametrize("torn", ['{"pair_id": "p", "decisi', "[" * 100_000, "\ufffd"])
 @pytest.mark.parametrize("after", [[], [line("drop", "q")]])
 def test_a_torn_line_is_ignored_with_a_warning(torn, after):
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is torn") as caught:
         found = effective_decisions([line("keep"), torn, *after])
     assert [str(one.message) for one in caught] == [
         "decisions.jsonl: line 2 is torn and was ignored; every other decision counts"
