@@ -17,6 +17,7 @@ from PIL import Image
 
 from nc_audit.errors import DatasetError
 from nc_audit.export import FORMATS, export_run
+from nc_audit.export.hub import write_hub
 from nc_audit.export.plan import plan_export
 from nc_audit.export.webdataset import write_webdataset
 
@@ -80,6 +81,20 @@ def test_datasets_opens_a_set_without_splits(tmp_path, datasets):
     loaded = datasets.load_from_disk(out)
     assert loaded.num_rows == 4
     assert [path.name for path in out.glob(".*")] == []
+
+
+def test_datasets_opens_several_shards_in_order(tmp_path, datasets):
+    run = make_run(tmp_path / "run", [Pair(i, f"caption {i}") for i in range(20)])
+    kept = plan_export(run, drop=[], reweight=False, rematch=False).kept
+    (tmp_path / "out").mkdir()
+    read = reader()
+    write_hub(
+        kept, tmp_path / "out", lambda _, uri: read(uri), with_splits=False, shard_bytes=1, block_bytes=300
+    )
+    assert len(list((tmp_path / "out").glob("data-*-of-00005.arrow"))) == 5
+    loaded = datasets.load_from_disk(tmp_path / "out")
+    assert loaded["caption"][:] == [f"caption {i}" for i in range(20)]
+    assert colour(loaded[19]["image"]) == (19, 236, 90)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
