@@ -60,12 +60,13 @@ FORMATS = {
     "imagefolder": Format(
         write_imagefolder,
         "A folder per split with image files and `metadata.jsonl`, whose `file_name` is relative to it; "
-        "`datasets.load_dataset` reads this folder.",
+        "`datasets.load_dataset` reads this folder. Texts without a value are empty.",
     ),
     "webdataset": Format(
         write_webdataset,
         "Tar shards in `data/`: the image, `.txt` (the caption) and `.json` (all columns) of a pair share a number, "
-        "the row. `webdataset.WebDataset` reads the shards, `datasets.load_dataset` this folder.",
+        "the row. `webdataset.WebDataset` reads the shards; `datasets.load_dataset` reads this folder where all images "
+        "are of one kind. Texts without a value are empty.",
     ),
     "coco": Format(
         write_coco,
@@ -230,8 +231,9 @@ def export_run(
             rematched=changes.num_rows,
             data=[{"file": file, "split": split} for file, split in written.data.items()],
         )
+        notes = [*plan.notes, *written.notes]
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return ExportResult(out, before["rows"], num_kept, reasons, changes.num_rows, files, plan.notes)
+    return ExportResult(out, before["rows"], num_kept, reasons, changes.num_rows, files, notes)
 
 
 class _Reader:

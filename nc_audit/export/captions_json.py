@@ -93,7 +93,9 @@ def write_karpathy(
     splits = names_of_splits(kept, with_splits=with_splits)
     rows, images = Rows(read, kept.num_rows, progress), ImageFiles(folder / IMAGES)
     written = Written(
-        ["filename", "raw", *names], unreadable=rows.unreadable, data={KARPATHY: None}, is_grouped=True
+        ["filename", "raw", *names],
+        unreadable=rows.unreadable,
+        data={KARPATHY: None},
     )
     num_images, num_sentences = 0, 0
     entry: dict[str, Any] = {}

@@ -126,6 +126,8 @@ def meaning(name: str, columns: Sequence[str]) -> str:
     """What an exported column holds, in words."""
     if name in _CAPTIONS and "original_caption" in columns:
         return "the caption, replaced where original_caption is given, else as the dataset gives it"
+    if name == "pair_id" and "original_caption" in columns:
+        return f"{_PAIR_MEANINGS[name]}; of the original caption where that was replaced"
     return _OWN_MEANINGS.get(name) or _PAIR_MEANINGS.get(name) or "a column of the input"
 
 

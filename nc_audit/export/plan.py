@@ -92,7 +92,7 @@ class Written:
         hub: for each split, patterns of the files that the `datasets` library reads; empty where it reads none.
         data: files that state pairs, with the split of their rows as the dataset names it; names relative to the
             export folder, in the order to read them.
-        is_grouped: rows of one image stand together, whatever their order in the input.
+        notes: what the user should know.
     """
 
     columns: list[str]
@@ -100,7 +100,7 @@ class Written:
     unreadable: dict[int, str] = field(default_factory=dict)
     hub: dict[str, list[str]] = field(default_factory=dict)
     data: dict[str, str | None] = field(default_factory=dict)
-    is_grouped: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def count(self, split_name: str) -> None:
         """One more row of a split, by its safe name."""
@@ -206,7 +206,9 @@ def plan_export(
         original = pc.if_else(is_mended, table["caption"], nothing)
         kept = kept.append_column("original_caption", original)
     if table["known_noise"].null_count < table.num_rows:
-        kept = kept.append_column("known_noise", table["known_noise"])
+        # The truth about a caption says nothing about the one that took its place.
+        known_noise = pc.if_else(is_mended, pa.scalar(None, pa.bool_()), table["known_noise"])
+        kept = kept.append_column("known_noise", known_noise)
     for name in extras:
         kept = kept.append_column(name, _ordinary(table[name]))
     num_decided = pc.sum(by_people).as_py() or 0

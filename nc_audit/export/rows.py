@@ -59,6 +59,32 @@ def split_series(kept: pa.Table, *, with_splits: bool) -> Iterator[tuple[str | N
         yield split, name, kept.filter(is_here)
 
 
+class Steady:
+    """The facts of rows for readers that take the type of a column from the first rows they meet.
+
+    A text that is null becomes empty, and a column of another kind without any value in one of the splits is left
+    out.
+
+    Attributes:
+        names: the columns.
+    """
+
+    def __init__(self, kept: pa.Table, *, with_splits: bool) -> None:
+        names = facts_of(kept, with_splits=with_splits)
+        self._texts = {name for name in names if pa.types.is_string(kept.schema.field(name).type)}
+        empty = {
+            name
+            for _, _, rows in split_series(kept, with_splits=with_splits)
+            for name in names
+            if rows[name].null_count == rows.num_rows
+        }
+        self.names = [name for name in names if name in self._texts or name not in empty]
+
+    def of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The facts of a row."""
+        return {name: "" if row[name] is None and name in self._texts else row[name] for name in self.names}
+
+
 def values_of(table: pa.Table) -> Iterator[dict[str, Any]]:
     """The rows as dictionaries that JSON can hold: float32 as the shortest decimal, what is not finite as None."""
     short = short_floats(table)

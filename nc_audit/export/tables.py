@@ -20,6 +20,7 @@ from nc_audit.export.rows import (
     Progress,
     ReadImage,
     Rows,
+    Steady,
     facts_of,
     names_of_splits,
     split_series,
@@ -89,16 +90,16 @@ def write_imagefolder(
     `text` is what fine-tuning scripts call the caption; it stays `caption` where the input has a column `text`. An
     image that two splits share is stored in both. Arguments as in `write_csv`.
     """
-    names = facts_of(kept, with_splits=with_splits)
-    caption = "caption" if "text" in names else "text"
+    facts = Steady(kept, with_splits=with_splits)
+    caption = "caption" if "text" in facts.names else "text"
     rows = Rows(read, kept.num_rows, progress)
-    written = Written(["file_name", caption, *names], unreadable=rows.unreadable)
+    written = Written(["file_name", caption, *facts.names], unreadable=rows.unreadable)
     for split, split_name, table in split_series(kept, with_splits=with_splits):
         images, num_rows = ImageFiles(folder / split_name, [METADATA]), 0
         with (folder / split_name / METADATA).open("w", encoding="utf-8", newline="\n") as file:
             for row, data in rows.each(table, images.names):
-                record: dict[str, Any] = {"file_name": images.store(row, data), caption: row["caption"]}
-                file.write(json_text(record | {name: row[name] for name in names}, indent=None) + "\n")
+                record = {"file_name": images.store(row, data), caption: row["caption"]}
+                file.write(json_text(record | facts.of(row), indent=None) + "\n")
                 num_rows += 1
         if not num_rows:
             (folder / split_name / METADATA).unlink()

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from nc_audit.export.names import base_name, image_ending
 from nc_audit.export.plan import Written
-from nc_audit.export.rows import Progress, ReadImage, Rows, facts_of, split_series
+from nc_audit.export.rows import Progress, ReadImage, Rows, Steady, split_series
 from nc_audit.report.text import json_text
 
 SHARD_ROWS = 10_000
@@ -43,9 +43,10 @@ def write_webdataset(
         shard_rows: a shard takes no more pairs.
         shard_bytes: a shard takes no further pair that would carry it beyond this size, but for its first.
     """
-    names = facts_of(kept, with_splits=with_splits)
+    facts = Steady(kept, with_splits=with_splits)
+    endings: set[str] = set()
     rows = Rows(read, kept.num_rows, progress)
-    written = Written(["image", "caption", *names], unreadable=rows.unreadable)
+    written = Written(["image", "caption", *facts.names], unreadable=rows.unreadable)
     (folder / "data").mkdir()
     for split, split_name, table in split_series(kept, with_splits=with_splits):
         shards = _Shards(folder / "data", split_name, shard_rows, shard_bytes)
@@ -53,7 +54,8 @@ def write_webdataset(
             for row, data in rows.each(table):
                 assert data is not None
                 record = {"image": base_name(row["image"], row["image_id"]), "caption": row["caption"]}
-                record |= {name: row[name] for name in names}
+                record |= facts.of(row)
+                endings.add(image_ending(data))
                 shards.add(
                     f"{row['row']:09d}",
                     {
@@ -68,6 +70,12 @@ def write_webdataset(
             written.num_rows[split_name] = shards.num_rows
             written.hub[split_name] = [f"data/{split_name}-*"]
             written.data |= {f"data/{name}": split for name in shards.names}
+    if len(endings) > 1:
+        written.hub.clear()
+        written.notes.append(
+            f"images are of {len(endings)} kinds ({', '.join(sorted(endings))}): webdataset reads them, "
+            "datasets.load_dataset wants shards of one kind; --format parquet suits it"
+        )
     return written
 
 

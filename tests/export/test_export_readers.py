@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -81,6 +82,60 @@ def test_datasets_opens_a_set_without_splits(tmp_path, datasets):
     loaded = datasets.load_from_disk(out)
     assert loaded.num_rows == 4
     assert [path.name for path in out.glob(".*")] == []
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "webdataset", "hf"])
+def test_datasets_reads_splits_of_any_name(tmp_path, datasets, form):
+    splits = [
+        "../../etc/x",
+        "all",
+        "Train",
+        "train",
+        "a-b",
+        "a b",
+        "训练",
+        "x" * 300,
+        "=1",
+        "con",
+        "a*[b]",
+        None,
+    ]
+    pairs = [Pair(i, f"caption {i}", split=split) for i, split in enumerate(splits)]
+    out = exported(tmp_path, pairs, form)
+    loaded = datasets.load_from_disk(out) if form == "hf" else datasets.load_dataset(str(out))
+    rows = [row["json"] if form == "webdataset" else row for split in loaded.values() for row in split]
+    told = {row["row"]: row["split"] if form == "hf" else row["split"] or None for row in rows}
+    assert told == dict(enumerate(splits))
+    assert len(loaded) == len(splits)
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "webdataset"])
+def test_gaps_do_not_mislead_a_reader_that_guesses_types(tmp_path, datasets, form):
+    late = {"note": "late", "score": 0.5, "n": 3}
+    pairs = [
+        Pair(i, f"caption {i}", split="test" if i > 9 else "train", columns=late if i > 7 else {"n": 1})
+        for i in range(12)
+    ]
+    pairs[8] = replace(pairs[8], tag="noisy", rematch_row=0, rematch_probability=0.1)
+    out = exported(tmp_path, pairs, form, rematch=True)
+    loaded = datasets.load_dataset(str(out))
+    rows = [row["json"] if form == "webdataset" else row for split in loaded.values() for row in split]
+    assert [row["note"] for row in rows] == [""] * 8 + ["late"] * 4
+    assert [row["original_caption"] for row in rows] == [""] * 8 + ["caption 8"] + [""] * 3
+    assert [row["n"] for row in rows] == [1] * 8 + [3] * 4
+    assert [row["score"] for row in rows] == [None] * 8 + [0.5] * 4
+
+
+def test_shards_of_several_kinds_of_images_are_told(tmp_path):
+    run = make_run(tmp_path / "run", [Pair(0, "a"), Pair(1, "b")])
+    files = [picture(0), picture(1, form="JPEG")]
+    out = tmp_path / "out"
+    result = export_run(run, out, format="webdataset", read_image=lambda uri: files[int(uri[-5])])
+    assert result.notes == [
+        "images are of 2 kinds (jpg, png): webdataset reads them, datasets.load_dataset wants shards of one kind; "
+        "--format parquet suits it"
+    ]
+    assert "configs:" not in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_datasets_opens_several_shards_in_order(tmp_path, datasets):

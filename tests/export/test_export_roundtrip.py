@@ -121,17 +121,27 @@ def surely_usable(pairs):
     return [pair for pair in pairs if pair.caption and any(c.isalnum() for c in pair.caption)]
 
 
+def check_round_trip(folder, form, pairs):
+    pairs = surely_usable(pairs)
+    if pairs:
+        assert read_again(exported(folder, pairs, form)) == told(in_order_of(form, pairs))
+
+
 @pytest.mark.parametrize("form", READ_HERE)
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(pairs=PAIRS)
 @example(pairs=[Pair(i % 7, caption) for i, caption in enumerate(AWKWARD) if caption != "-"])
 @example(pairs=[Pair(i, f"caption {i}", image=name, split="train") for i, name in enumerate(NAMES)])
 def test_what_is_exported_whole_is_read_again_whole(tmp_path_factory, form, pairs):
-    pairs = surely_usable(pairs)
-    if not pairs:
-        return
-    out = exported(tmp_path_factory.mktemp("trip"), pairs, form)
-    assert read_again(out) == told(in_order_of(form, pairs))
+    check_round_trip(tmp_path_factory.mktemp("trip"), form, pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", READ_HERE)
+@settings(max_examples=150)
+@given(pairs=PAIRS)
+def test_what_is_exported_whole_is_read_again_whole_many_times(tmp_path_factory, form, pairs):
+    check_round_trip(tmp_path_factory.mktemp("trip"), form, pairs)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_run import Pair, make_run, picture, reader
 
@@ -239,6 +239,7 @@ def new_caption(pairs, pair, options):
     return caption if is_sure and caption not in {"", pair.caption} else None
 
 
+@settings(max_examples=25)
 @given(
     pairs=st.lists(PAIRS, min_size=1, max_size=12),
     drop=st.lists(st.sampled_from(TAGS_KNOWN)),
@@ -359,3 +360,15 @@ def test_copies_are_exported_like_their_first(tmp_path):
     export_run(run, tmp_path / "out", read_image=reader())
     table = pq.read_table(tmp_path / "out" / "data")
     assert pc.value_counts(table["pair_id"]).field("counts").to_pylist() == [2, 1]
+
+
+def test_the_truth_about_a_caption_does_not_outlive_it(tmp_path):
+    pairs = [Pair(0, "a plane", tag="noisy", rematch_row=1, rematch_probability=0.1), Pair(1, "a boat")]
+    run = make_run(tmp_path / "run", pairs)
+    table = pq.read_table(run.path / "pairs.parquet")
+    at = table.schema.get_field_index("known_noise")
+    run.write_table("pairs", table.set_column(at, table.schema.field(at), pa.array([True, False])))
+    export_run(run, tmp_path / "out", rematch=True, read_image=reader())
+    assert [row["known_noise"] for row in exported(tmp_path / "out")] == [None, False]
+    export_run(run, tmp_path / "out", read_image=reader())
+    assert [row["known_noise"] for row in exported(tmp_path / "out")] == [True, False]
