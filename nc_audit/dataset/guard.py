@@ -17,6 +17,7 @@ _GUARDED = re.compile("'+[=+\\-@\t\r\n＝＋－＠]")
 
 MARKER = "export.json"
 MADE_BY = "nc-audit export"
+_MAX_MARKER = 1 << 28
 
 
 def guard(cell: str) -> str:
@@ -41,8 +42,11 @@ def unguard(cell: str) -> str:
 
 def marker_of(folder: Path) -> dict[str, Any] | None:
     """What `export.json` says when the folder is an export of ours; None when it is none."""
+    path = folder / MARKER
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if not path.is_file() or path.stat().st_size > _MAX_MARKER:
+            return None
+        marker = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     is_ours = isinstance(marker, dict) and marker.get("made_by") == MADE_BY

@@ -18,6 +18,8 @@ from typing import Any
 from nc_audit.dataset.guard import MADE_BY, MARKER, marker_of
 from nc_audit.errors import DatasetError, RunError
 
+_MANY_FILES = 500
+
 
 def write_marker(folder: Path, **facts: Any) -> None:
     """Say that the folder is a finished export, and which files are its own; the last file to be written."""
@@ -112,7 +114,11 @@ def _clear(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if len(files) > _MANY_FILES:
+        # One by one, a hundred thousand small images would take minutes.
+        os.sync()
+        return
+    for path in files:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())

@@ -227,3 +227,9 @@ def test_an_export_marker_that_leads_outside_is_not_believed(tmp_path):
         DatasetError, match=r"2 files that could each be the dataset: captions\.jsonl, dropped"
     ):
         load_pairs(out)
+
+
+def test_a_csv_named_alone_is_read_exactly_too(tmp_path):
+    captions = ["=1", "'=1", "'tis", "-"]
+    out = exported(tmp_path, [Pair(i, f"{text}a") for i, text in enumerate(captions)], "csv")
+    assert load_pairs(out / "captions.csv").pairs["caption"].to_pylist() == [f"{text}a" for text in captions]
