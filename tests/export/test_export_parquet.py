@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from make_run import Pair, make_run, picture, reader
+from offline_datasets import offline_library
 
 from nc_audit.export import export_run
 from nc_audit.export.names import base_name, split_names
@@ -33,6 +34,11 @@ HOSTILE = [
     "\x1b[2J",
     "a*[b]",
 ]
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    return offline_library(tmp_path / "cache", monkeypatch)
 
 
 def kept_table(images: list[int]) -> pa.Table:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from make_run import Pair, make_run, picture, reader
+from offline_datasets import offline_library
 from PIL import Image
 
 from nc_audit.errors import DatasetError
@@ -30,6 +31,11 @@ PAIRS = [
 ]
 UNSPLIT = [Pair(pair.number, pair.caption, tag=pair.tag, image=pair.image) for pair in PAIRS]
 COLOURS = [(0, 255, 90), (1, 254, 90), (2, 253, 90)]
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    return offline_library(tmp_path / "cache", monkeypatch)
 
 
 def exported(folder, pairs, form, **options):
