@@ -59,6 +59,11 @@ def is_guarded(path: Path) -> bool:
     return marker is not None and marker.get("format") == "csv" and path.name in marker["files"]
 
 
+def lists_of(folder: Path) -> set[str]:
+    """The tables in an export of ours that list what is not in it; no dataset, whatever their columns."""
+    return {"dropped.csv", "rematches.csv"} if marker_of(folder) is not None else set()
+
+
 def data_files(folder: Path) -> list[tuple[str, str | None]]:
     """The files of an export of ours that state its pairs, with the split of each; none for any other folder.
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nc_audit.dataset import captions_json, tables
-from nc_audit.dataset.guard import data_files
+from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
 from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
 from nc_audit.errors import DatasetError
@@ -140,9 +140,11 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
         return _planned(folder, exported, ["an export of nc-audit, which names its files and their splits"])
     problems: list[DatasetError] = []
     unfit: list[DatasetFile] = []
+    lists = {folder / name for name in lists_of(folder)}
     for level, below in itertools.pairwise(itertools.chain(_levels(folder), [[]])):
         metadata = [path for path in below if path.stem.lower() == "metadata"]
-        found, others = _sniff_all(folder, level + metadata, options, problems, unfit)
+        candidates = [path for path in level + metadata if path not in lists]
+        found, others = _sniff_all(folder, candidates, options, problems, unfit)
         if found:
             return _chosen(folder, found, others)
     if len({family_of(file.source) for file in unfit}) == 1:

@@ -105,7 +105,7 @@ def card(facts: CardFacts) -> str:
     lines += ["", "## What was dropped", ""]
     lines += _counts("reason", facts.dropped, {}) if facts.dropped else ["Nothing."]
     if facts.dropped:
-        lines += ["", "Each dropped row is listed in `dropped.csv`, which `datasets` does not load."]
+        lines += ["", "Each dropped row is listed in `dropped.csv`, which is no part of the data."]
     lines += ["", "## The dataset before the export", ""]
     lines += _counts("status", facts.status, STATUSES)
     lines += [""]

@@ -223,9 +223,13 @@ def test_an_export_marker_that_leads_outside_is_not_believed(tmp_path):
     (tmp_path / "secret.jsonl").write_text('{"image": "a.png", "caption": "stolen"}\n')
     marker = (out / "export.json").read_text()
     (out / "export.json").write_text(marker.replace('"file": "captions.jsonl"', '"file": "../secret.jsonl"'))
-    with pytest.raises(
-        DatasetError, match=r"2 files that could each be the dataset: captions\.jsonl, dropped"
-    ):
+    assert load_pairs(out).pairs["caption"].to_pylist() == ["a house"]
+
+
+def test_the_list_of_what_was_dropped_is_never_the_dataset(tmp_path):
+    pairs = [Pair(0, "a house"), Pair(1, "a plane", tag="noisy")]
+    out = exported(tmp_path, pairs, "datacomp", drop=["noisy"])
+    with pytest.raises(DatasetError, match="holds no file that states image-caption pairs"):
         load_pairs(out)
 
 
