@@ -302,13 +302,13 @@ def export(
         ),
     ] = False,
     format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="parquet, imagefolder, webdataset, coco, karpathy, csv, jsonl, datacomp or hf.",
+            help="parquet (default), imagefolder, webdataset, coco, karpathy, csv, jsonl, datacomp or hf.",
         ),
-    ] = "parquet",
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; RUN/export when not given.")
     ] = None,
@@ -324,17 +324,18 @@ def export(
     Example: nc-audit export --drop noisy --format webdataset --out cleaned
     """
     from nc_audit import console
-    from nc_audit.export import export_run
+    from nc_audit.export import export_run, recipe_defaults
     from nc_audit.pipeline import open_images
 
     opened = _open(run)
+    defaults = recipe_defaults(opened)
     with console.Watch(quiet=json) as watch:
         result = export_run(
             opened,
             out or opened.path / "export",
-            format=format,
-            drop=_listed(drop) or [],
-            reweight=reweight,
+            format=format or defaults.format,
+            drop=defaults.drop if drop is None else _listed(drop) or [],
+            reweight=reweight or defaults.reweight,
             rematch=rematch,
             overwrite=overwrite,
             read_image=open_images(opened).read,

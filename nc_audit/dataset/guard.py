@@ -60,8 +60,9 @@ def is_guarded(path: Path) -> bool:
 
 
 def lists_of(folder: Path) -> set[str]:
-    """The tables in an export of ours that list what is not in it; no dataset, whatever their columns."""
-    return {"dropped.csv", "rematches.csv"} if marker_of(folder) is not None else set()
+    """The files of an export of ours that speak about it; no dataset, whatever is in them."""
+    lists = {"dropped.csv", "rematches.csv", "croissant.json", MARKER}
+    return lists if marker_of(folder) is not None else set()
 
 
 def data_files(folder: Path) -> list[tuple[str, str | None]]:

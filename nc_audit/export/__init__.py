@@ -34,7 +34,7 @@ from nc_audit.report import check_tags, count_values, summary
 from nc_audit.report.text import csv_cell, plain
 from nc_audit.run import Run
 
-__all__ = ["FORMATS", "ExportResult", "Format", "export_run"]
+__all__ = ["FORMATS", "ExportDefaults", "ExportResult", "Format", "export_run", "recipe_defaults"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,24 @@ class ExportResult:
     num_rematched: int
     files: list[str]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class ExportDefaults:
+    """What an export does when the command does not say: the section `[export]` of the run's recipe."""
+
+    format: str = "parquet"
+    drop: tuple[str, ...] = ()
+    reweight: bool = False
+
+
+def recipe_defaults(run: Run) -> ExportDefaults:
+    """The defaults by the recipe that a run was scored with."""
+    recipe = run.manifest.get("recipe") or {}
+    section = (recipe.get("settings") or {}).get("export") or {}
+    return ExportDefaults(
+        section.get("format", "parquet"), tuple(section.get("drop", ())), bool(section.get("reweight", False))
+    )
 
 
 def export_run(

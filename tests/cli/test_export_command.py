@@ -69,3 +69,15 @@ def test_force_replaces_what_is_not_ours(run, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
     assert typed(run, "--out", str(tmp_path / "out"), "--force").exit_code == 0
     assert not (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_the_recipe_decides_where_the_command_does_not(run, tmp_path):
+    export = {"format": "jsonl", "drop": ["noisy"], "reweight": True}
+    run.manifest["recipe"] = {"name": "mine", "digest": "0f", "settings": {"export": export}}
+    run.save()
+    out = tmp_path / "out"
+    assert typed(run, "--out", str(out)).exit_code == 0
+    records = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    assert [record["weight"] for record in records] == [0.9, 0.9]
+    assert typed(run, "--out", str(out), "--format", "csv", "--drop", "").exit_code == 0
+    assert len((out / "captions.csv").read_text().splitlines()) == 4
