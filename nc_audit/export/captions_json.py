@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ from nc_audit.export.rows import (
     Progress,
     ReadImage,
     Rows,
+    beside,
     facts_of,
     names_of_splits,
     split_series,
@@ -45,9 +47,9 @@ def write_coco(
         with_splits: one file per split.
         progress: called with the rows done and their number.
     """
-    names = [name for name in facts_of(kept, with_splits=with_splits) if name not in {"split", "image_id"}]
+    titles = _titles(kept, ("id", "image_id", "caption"))
     rows, images = Rows(read, kept.num_rows, progress), ImageFiles(folder / IMAGES)
-    written = Written(["file_name", "caption", *names], unreadable=rows.unreadable)
+    written = Written(["file_name", "caption", *titles.values()], unreadable=rows.unreadable)
     (folder / ANNOTATIONS).mkdir()
     numbers: dict[str, int] = {}
     next_id = 1
@@ -65,7 +67,11 @@ def write_coco(
                     _append(file, image | ({"split": split} if split is not None else {}), len(here))
                     here.add(row["image_id"])
                 annotation = {"id": next_id, "image_id": number, "caption": row["caption"]}
-                _append(more, annotation | {name: row[name] for name in names}, next_id - first_id)
+                _append(
+                    more,
+                    annotation | {title: row[name] for name, title in titles.items()},
+                    next_id - first_id,
+                )
                 next_id += 1
             file.write('\n], "annotations": [')
             more.close()
@@ -89,11 +95,11 @@ def write_karpathy(
     Entries follow the first row of each image, sentences the order of the rows. `sentid` counts from 0 over all.
     Arguments as in `write_coco`.
     """
-    names = [name for name in facts_of(kept, with_splits=with_splits) if name not in {"split", "image_id"}]
+    titles = _titles(kept, ("raw", "tokens", "imgid", "sentid"))
     splits = names_of_splits(kept, with_splits=with_splits)
     rows, images = Rows(read, kept.num_rows, progress), ImageFiles(folder / IMAGES)
     written = Written(
-        ["filename", "raw", *names],
+        ["filename", "raw", *titles.values()],
         unreadable=rows.unreadable,
         data={KARPATHY: None},
     )
@@ -113,7 +119,9 @@ def write_karpathy(
                 entry |= {"content_id": row["image_id"], "sentences": []}
                 entry |= {"split": row["split"]} if row["split"] is not None else {}
             sentence = {"raw": row["caption"], "tokens": _WORD.findall(row["caption"].lower())}
-            sentence |= {"imgid": num_images, "sentid": num_sentences} | {name: row[name] for name in names}
+            sentence |= {"imgid": num_images, "sentid": num_sentences} | {
+                title: row[name] for name, title in titles.items()
+            }
             entry["sentids"].append(num_sentences)
             entry["sentences"].append(sentence)
             num_sentences += 1
@@ -122,6 +130,12 @@ def write_karpathy(
             _append(file, entry, num_images)
         file.write("\n]}\n")
     return written
+
+
+def _titles(kept: pa.Table, own: Sequence[str]) -> dict[str, str]:
+    """The keys of the facts in an annotation; what speaks of the image stands with the image."""
+    names = facts_of(kept, with_splits=False)
+    return beside([name for name in names if name != "image_id"], own)
 
 
 def _append(file: TextIO, value: dict[str, Any], place: int) -> None:

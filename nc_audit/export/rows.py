@@ -59,6 +59,24 @@ def split_series(kept: pa.Table, *, with_splits: bool) -> Iterator[tuple[str | N
         yield split, name, kept.filter(is_here)
 
 
+def beside(names: Sequence[str], own: Sequence[str]) -> dict[str, str]:
+    """What to call each fact in a record that has keys of the format's own; those get the prefix `input_`.
+
+    Example:
+        >>> beside(["row", "id"], ["id", "caption"])
+        {'row': 'row', 'id': 'input_id'}
+    """
+    taken = {*names, *own}
+    titles = {}
+    for name in names:
+        title = name
+        while title in own or (title != name and title in taken):
+            title = f"input_{title}"
+        taken.add(title)
+        titles[name] = title
+    return titles
+
+
 class Steady:
     """The facts of rows for readers that take the type of a column from the first rows they meet.
 

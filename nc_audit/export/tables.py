@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nc_audit.export.rows import (
     ReadImage,
     Rows,
     Steady,
+    beside,
     facts_of,
     names_of_splits,
     split_series,
@@ -92,14 +94,20 @@ def write_imagefolder(
     """
     facts = Steady(kept, with_splits=with_splits)
     caption = "caption" if "text" in facts.names else "text"
+    # `datasets` takes every column that ends so for the name of a file.
+    titles = {
+        name: re.sub(r"file_name(s?)$", r"filename\1", title)
+        for name, title in beside(facts.names, ["file_name", caption]).items()
+    }
     rows = Rows(read, kept.num_rows, progress)
-    written = Written(["file_name", caption, *facts.names], unreadable=rows.unreadable)
+    written = Written(["file_name", caption, *titles.values()], unreadable=rows.unreadable)
     for split, split_name, table in split_series(kept, with_splits=with_splits):
         images, num_rows = ImageFiles(folder / split_name, [METADATA]), 0
         with (folder / split_name / METADATA).open("w", encoding="utf-8", newline="\n") as file:
             for row, data in rows.each(table, images.names):
                 record = {"file_name": images.store(row, data), caption: row["caption"]}
-                file.write(json_text(record | facts.of(row), indent=None) + "\n")
+                record |= {titles[name]: value for name, value in facts.of(row).items()}
+                file.write(json_text(record, indent=None) + "\n")
                 num_rows += 1
         if not num_rows:
             (folder / split_name / METADATA).unlink()

@@ -349,6 +349,38 @@ def test_columns_of_the_input_travel_along(tmp_path, datasets):
     assert "| `licence` | a column of the input |" in card
 
 
+def test_columns_of_the_input_never_stand_in_for_those_of_the_format(tmp_path, datasets):
+    names = [
+        "id",
+        "raw",
+        "tokens",
+        "imgid",
+        "sentid",
+        "file_name",
+        "thumb_file_name",
+        "text",
+        "input_id",
+        "__key__",
+    ]
+    pairs = [Pair(0, "a house", columns=dict.fromkeys(names, "evil"))]
+    for form in ("coco", "karpathy", "imagefolder", "webdataset"):
+        exported(tmp_path / form, pairs, form)
+    (annotation,) = json.loads((tmp_path / "coco/out/annotations/captions.json").read_text())["annotations"]
+    assert (annotation["id"], annotation["image_id"], annotation["caption"]) == (1, 1, "a house")
+    assert (annotation["input_id"], annotation["input_input_id"]) == ("evil", "evil")
+    (image,) = json.loads((tmp_path / "karpathy/out/dataset.json").read_text())["images"]
+    (sentence,) = image["sentences"]
+    assert (sentence["raw"], sentence["tokens"], sentence["sentid"]) == ("a house", ["a", "house"], 0)
+    assert (sentence["input_raw"], image["filename"]) == ("evil", "0.png")
+    row = datasets.load_dataset(str(tmp_path / "imagefolder/out"))["train"][0]
+    assert colour(row["image"]) == COLOURS[0]
+    assert (row["caption"], row["text"], row["input_filename"], row["thumb_filename"]) == (
+        "a house", "evil", "evil", "evil",
+    )  # fmt: skip
+    row = datasets.load_dataset(str(tmp_path / "webdataset/out"))["train"][0]
+    assert (row["txt"], row["json"]["__key__"], row["__key__"]) == ("a house", "evil", "000000000")
+
+
 def test_croissant_describes_the_files_and_the_columns(tmp_path):
     out = exported(tmp_path, PAIRS, "csv", reweight=True)
     document = json.loads((out / "croissant.json").read_text(encoding="utf-8"))
