@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,19 @@ def test_unreadable_images_are_listed_in_every_format(tmp_path, form):
     if form in READ_HERE:
         assert read_again(out) == told(pairs[2:4])
     assert not list(out.rglob("*gone*"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_disk_is_an_error_and_no_unreadable_image(tmp_path, form):
+    run = make_run(tmp_path / "run", [Pair(i, f"caption {i}") for i in range(3)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_run(run, tmp_path / "out", format=form, read_image=reader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 @given(st.text() | st.sampled_from(AWKWARD))
