@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +34,17 @@ def scalar_columns(schema: pa.Schema) -> list[str]:
     kinds = [pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean]
     kinds += [pa.types.is_integer, pa.types.is_floating, pa.types.is_temporal]
     return [column.name for column in schema if any(kind(column.type) for kind in kinds)]
+
+
+def scalars_of(record: object, used: Container[str]) -> dict[str, Any]:
+    """The plain values of a json record, without those that are used; what is no record has none."""
+    if not isinstance(record, dict):
+        return {}
+    return {
+        name: value
+        for name, value in record.items()
+        if name and name not in used and isinstance(value, str | int | float | None)
+    }
 
 
 def append_extras(pairs: pa.Table, extras: Mapping[int, Mapping[str, Any]]) -> pa.Table:

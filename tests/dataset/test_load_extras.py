@@ -124,3 +124,18 @@ def test_a_table_as_wide_as_a_trap_is_bounded(folder):
     loaded = load_pairs(folder)
     assert len(extras(loaded.pairs)[0]) == MAX_EXTRAS
     assert "captions.csv has 5,000 further columns; the first 100 are kept for exports" in loaded.notes
+
+
+def test_karpathy_and_coco_fields_are_kept(folder):
+    sentences = [{"raw": "a house", "tokens": ["a", "house"], "sentid": 8}, {"raw": "a hut", "sentid": 9}]
+    karpathy = {"images": [{"filename": "0.png", "split": "train", "cocoid": 7, "sentences": sentences}]}
+    (folder / "dataset.json").write_text(json.dumps(karpathy))
+    assert extras(load_pairs(folder).pairs) == [{"cocoid": 7, "sentid": 8}, {"cocoid": 7, "sentid": 9}]
+    coco = {
+        "images": [{"id": 5, "file_name": "0.png", "license": 3, "width": 8}],
+        "annotations": [{"id": 11, "image_id": 5, "caption": "a house"}],
+    }
+    (folder / "captions.json").write_text(json.dumps(coco))
+    assert extras(load_pairs(folder / "captions.json").pairs) == [
+        {"id": 11, "license": 3, "width": 8, "input_image_id": 5}
+    ]
