@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from nc_audit.export.plan import Written
 from nc_audit.export.rows import (
@@ -23,6 +22,7 @@ from nc_audit.export.rows import (
     Rows,
     beside,
     facts_of,
+    image_key,
     names_of_splits,
     split_series,
 )
@@ -59,13 +59,13 @@ def write_coco(
         first_id = next_id
         with (folder / name).open("w", encoding="utf-8") as file, later.open("w", encoding="utf-8") as more:
             file.write('{"info": {"description": "written by nc-audit"}, "licenses": [], "images": [')
-            for row, data in rows.each(table, images.names):
+            for row, data in rows.each(table, images):
                 stored = images.store(row, data)
-                number = numbers.setdefault(row["image_id"], len(numbers) + 1)
-                if row["image_id"] not in here:
+                number = numbers.setdefault(stored, len(numbers) + 1)
+                if stored not in here:
                     image = {"id": number, "file_name": stored, "content_id": row["image_id"]}
                     _append(file, image | ({"split": split} if split is not None else {}), len(here))
-                    here.add(row["image_id"])
+                    here.add(stored)
                 annotation = {"id": next_id, "image_id": number, "caption": row["caption"]}
                 _append(
                     more,
@@ -108,13 +108,13 @@ def write_karpathy(
     key: tuple[str, str | None] | None = None
     with (folder / KARPATHY).open("w", encoding="utf-8") as file:
         file.write('{"dataset": "written by nc-audit", "images": [')
-        for row, data in rows.each(_grouped(kept), images.names):
+        for row, data in rows.each(_grouped(kept), images):
             stored = images.store(row, data)
-            if key != (row["image_id"], row["split"]):
+            if key != (stored, row["split"]):
                 if entry:
                     _append(file, entry, num_images)
                     num_images += 1
-                key = (row["image_id"], row["split"])
+                key = (stored, row["split"])
                 entry = {"filename": stored, "filepath": IMAGES, "imgid": num_images, "sentids": []}
                 entry |= {"content_id": row["image_id"], "sentences": []}
                 entry |= {"split": row["split"]} if row["split"] is not None else {}
@@ -144,9 +144,9 @@ def _append(file: TextIO, value: dict[str, Any], place: int) -> None:
 
 def _grouped(kept: pa.Table) -> pa.Table:
     """The rows with those of one image and split together, in the order of first appearance."""
-    keys = kept.select(["image_id", "split"]).append_column("at", pa.array(np.arange(kept.num_rows)))
-    image = pc.dictionary_encode(keys["image_id"]).combine_chunks().indices.to_numpy()
-    split = pc.dictionary_encode(keys["split"]).combine_chunks().indices.fill_null(-1).to_numpy()
-    combined = image.astype(np.int64) * (int(split.max(initial=0)) + 2) + split + 1
-    _, first, inverse = np.unique(combined, return_index=True, return_inverse=True)
-    return kept.take(pa.array(np.argsort(first[inverse], kind="stable")))
+    columns = (kept[name].to_pylist() for name in ("image", "image_id", "split"))
+    places: dict[tuple[tuple[str, str], str | None], int] = {}
+    group = np.empty(kept.num_rows, np.int64)
+    for at, (image, image_id, split) in enumerate(zip(*columns, strict=True)):
+        group[at] = places.setdefault((image_key(image, image_id), split), len(places))
+    return kept.take(pa.array(np.argsort(group, kind="stable")))

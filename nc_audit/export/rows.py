@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nc_audit.export.names import DEFAULT_SPLIT, file_name, free_name, split_names
+from nc_audit.export.names import DEFAULT_SPLIT, IMAGE_ENDINGS, base_name, file_name, free_name, split_names
 
 ReadImage = Callable[[str, str], bytes]
 """The bytes of an image, by image_id and image_uri; OSError or ValueError where it cannot be read."""
@@ -135,14 +135,14 @@ class Rows:
         self._done = 0
 
     def each(
-        self, table: pa.Table, stored: Container[str] = ()
+        self, table: pa.Table, stored: Container[dict[str, Any]] = ()
     ) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-        """The rows of a table; images in `stored` (ids) are not read again and come as None."""
+        """The rows of a table; those whose image is in `stored` are not read again and come as None."""
         for start in range(0, table.num_rows, BLOCK_ROWS):
             block = table.slice(start, BLOCK_ROWS)
             for row in values_of(block):
                 data = None
-                if row["image_id"] not in stored:
+                if row not in stored:
                     try:
                         data = self.read(row["image_id"], row["image_uri"])
                     except (OSError, ValueError) as problem:
@@ -154,26 +154,35 @@ class Rows:
                 self.progress(self._done, self.total)
 
 
-class ImageFiles:
-    """Image files in one folder, each distinct image once, no two of one name.
+def image_key(image: str | None, image_id: str) -> tuple[str, str]:
+    """What tells stored images apart: the content and, where the dataset gives its images file names, the name.
 
-    Attributes:
-        names: file name by image_id.
+    So one image under two names stays two, as the dataset has it, and rows of a table without names share one.
     """
+    name = base_name(image, image_id)
+    return image_id, name if PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS else ""
+
+
+class ImageFiles:
+    """Image files in one folder, each image of the dataset once, no two of one name; holds the rows it has seen."""
 
     def __init__(self, folder: Path, reserved: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.names: dict[str, str] = {}
+        self._names: dict[tuple[str, str], str] = {}
         self._taken = {name.casefold() for name in reserved}
+
+    def __contains__(self, row: object) -> bool:
+        return isinstance(row, dict) and image_key(row["image"], row["image_id"]) in self._names
 
     def store(self, row: dict[str, Any], data: bytes | None) -> str:
         """The file name of a row's image, which is written when `data` is given for the first time."""
-        image_id = row["image_id"]
-        if image_id not in self.names:
+        key = image_key(row["image"], row["image_id"])
+        if key not in self._names:
             assert data is not None
+            image_id = row["image_id"]
             name = free_name(file_name(row["image"], image_id, data), image_id, self._taken)
             with (self.folder / name).open("xb") as file:
                 file.write(data)
-            self.names[image_id] = name
-        return self.names[image_id]
+            self._names[key] = name
+        return self._names[key]

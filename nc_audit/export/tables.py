@@ -54,7 +54,7 @@ def write_csv(
     with (folder / CSV).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\r\n")
         writer.writerow(guard(name) for name in columns)
-        for row, data in rows.each(kept, images.names):
+        for row, data in rows.each(kept, images):
             name = images.store(row, data)
             cells = [f"{IMAGES}/{name}", row["caption"], *(row[name] for name in names)]
             writer.writerow([_cell(value) for value in cells])
@@ -76,7 +76,7 @@ def write_jsonl(
         data={JSONL: None},
     )
     with (folder / JSONL).open("w", encoding="utf-8", newline="\n") as file:
-        for row, data in rows.each(kept, images.names):
+        for row, data in rows.each(kept, images):
             place = f"{IMAGES}/{images.store(row, data)}"
             record = {"image": place, "caption": row["caption"], **{name: row[name] for name in names}}
             file.write(json_text(record, indent=None) + "\n")
@@ -104,7 +104,7 @@ def write_imagefolder(
     for split, split_name, table in split_series(kept, with_splits=with_splits):
         images, num_rows = ImageFiles(folder / split_name, [METADATA]), 0
         with (folder / split_name / METADATA).open("w", encoding="utf-8", newline="\n") as file:
-            for row, data in rows.each(table, images.names):
+            for row, data in rows.each(table, images):
                 record = {"file_name": images.store(row, data), caption: row["caption"]}
                 record |= {titles[name]: value for name, value in facts.of(row).items()}
                 file.write(json_text(record, indent=None) + "\n")

@@ -15,6 +15,7 @@ from nc_audit.dataset import ImageStore, load_pairs
 from nc_audit.dataset.guard import guard, unguard
 from nc_audit.errors import DatasetError
 from nc_audit.export import FORMATS, export_run
+from nc_audit.export.names import IMAGE_ENDINGS, base_name
 
 READ_HERE = ["parquet", "imagefolder", "coco", "karpathy", "csv", "jsonl"]
 
@@ -95,7 +96,15 @@ def in_order_of(form: str, pairs):
 
     if form in {"parquet", "imagefolder", "coco", "webdataset", "hf"}:
         return by(lambda pair: pair.split)
-    return by(lambda pair: (pair.number, pair.split)) if form == "karpathy" else list(pairs)
+    if form == "karpathy":
+        return by(lambda pair: (pair.number, *named(pair), pair.split))
+    return list(pairs)
+
+
+def named(pair):
+    """The last part of an image's name where it is one of an image file."""
+    name = base_name(pair.image or f"{pair.number}.png", "")
+    return [name] if Path(name).suffix.lower() in IMAGE_ENDINGS else []
 
 
 def exported(folder: Path, pairs, form: str, **options):
@@ -162,6 +171,18 @@ def test_an_image_of_many_rows_is_stored_once_under_a_harmless_name(tmp_path, fo
         assert not set(path.name) & set('<>:"|?*\\\n\x1b\u202e')
         assert path.stem.split(".")[0].lower() not in {"con", "nul"}
     assert not (tmp_path / "etc").exists()
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "coco", "karpathy", "csv", "jsonl"])
+def test_one_image_under_two_names_stays_two_and_without_names_is_one(tmp_path, form):
+    for names, num_files in (
+        (["a.png", "x/b.png", "y/b.png"], 2),
+        (["pairs.parquet#0", "pairs.parquet#1"], 1),
+    ):
+        pairs = [Pair(0, f"caption {name}", image=name) for name in names]
+        out = exported(tmp_path / str(num_files), pairs, form)
+        assert len([path for path in out.rglob("*") if path.suffix == ".png"]) == num_files
+        assert read_again(out) == told(pairs)
 
 
 @pytest.mark.parametrize("form", FORMATS)
