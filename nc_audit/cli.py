@@ -298,41 +298,51 @@ def export(
     rematch: Annotated[
         bool,
         typer.Option(
-            "--rematch", help="Give noisy pairs the caption that fits better; each change is listed."
+            "--rematch", help="Give pairs the caption that surely fits, where one was found; each is listed."
         ),
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", metavar="parquet", help="Format of the export.")
-    ] = "parquet",
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="parquet (default), imagefolder, webdataset, coco, karpathy, csv, jsonl, datacomp or hf.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; RUN/export when not given.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is no export of ours.")
+        bool, typer.Option("--overwrite", "--force", help="Replace a folder that is no export of ours.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write the dataset without the tags you drop, or with a weight for each pair.
 
-    Example: nc-audit export --drop noisy
+    What people decided in review counts more than tags.
+
+    Example: nc-audit export --drop noisy --format webdataset --out cleaned
     """
     from nc_audit import console
-    from nc_audit.export import export_run
+    from nc_audit.export import export_run, recipe_defaults
     from nc_audit.pipeline import open_images
 
     opened = _open(run)
+    defaults = recipe_defaults(opened)
     with console.Watch(quiet=json) as watch:
         result = export_run(
             opened,
             out or opened.path / "export",
-            format=format,
-            drop=_listed(drop) or [],
-            reweight=reweight,
+            format=format or defaults.format,
+            drop=defaults.drop if drop is None else _listed(drop) or [],
+            reweight=reweight or defaults.reweight,
             rematch=rematch,
             overwrite=overwrite,
             read_image=open_images(opened).read,
             progress=lambda done, total: watch.progress("export", done, total),
         )
+        for note in result.notes:
+            watch.warn(note)
     if json:
         console.print_json(
             {
@@ -342,6 +352,7 @@ def export(
                 "dropped": result.dropped,
                 "rematched": result.num_rematched,
                 "files": result.files,
+                "notes": result.notes,
             }
         )
     else:

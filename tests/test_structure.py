@@ -31,6 +31,7 @@ ALSO = {
         "nc_audit.report.text",
         "nc_audit.report.joined",
         "nc_audit.report.summary",
+        "nc_audit.dataset.guard",
     },
     "review": {
         "nc_audit.dataset",
