@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nc_audit.errors import RecipeError
-from nc_audit.schema import TAGS, list_of
+from nc_audit.schema import FINDING_KINDS, TAGS, list_of
 
 MODEL = "model"
 _GENERIC_ENTROPY = 0.9
+_MOST_REASONS = 5
+_SAID_BY_STATUS = {"empty_caption"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def tag_scores(
     *,
     blind: bool = False,
     budget: float | None = None,
+    findings: pa.Table | None = None,
 ) -> pa.Table:
     """The `tags` table of a run.
 
@@ -88,6 +91,7 @@ def tag_scores(
         thresholds: on the noise probability.
         blind: the scores told swaps from given pairs no better than chance: everything is ambiguous, and says so.
         budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
+        findings: the `findings` table, for reasons and re-matches; None where there is none.
 
     Returns:
         The table of `schema.TAGS`: tag null where the row's status is not ok, its reason then being the status.
@@ -107,20 +111,66 @@ def tag_scores(
     tags = pa.DictionaryArray.from_arrays(
         pa.array(codes, pa.int8(), mask=~is_ok), pa.array(["clean", "ambiguous", "noisy"])
     ).cast(pa.string())
+    rematch_row, rematch_probability = _rematches(findings, len(codes))
     return pa.table(
         [
             pairs["pair_id"],
             pairs["row"],
             tags,
-            _reasons(scores, pairs, codes, is_ok, blind),
+            _reasons(scores, pairs, codes, is_ok, blind, findings),
             pa.array(np.full(len(codes), MODEL), pa.string(), mask=~is_ok),
+            rematch_row,
+            rematch_probability,
         ],
         schema=TAGS,
     )
 
 
+def _rematches(findings: pa.Table | None, num_rows: int) -> tuple[pa.Array, pa.Array]:
+    """The row whose caption fits each row's image, and the probability, by the likeliest finding that names one."""
+    partner, probability = np.zeros(num_rows, np.int64), np.full(num_rows, -1.0, np.float32)
+    if findings is not None:
+        named = findings.filter(pc.is_valid(findings["probability"]))
+        columns = (named[name].to_pylist() for name in ("row", "partner_row", "probability"))
+        for row, other, value in zip(*columns, strict=True):
+            if value > probability[row]:
+                partner[row], probability[row] = other, value
+    unknown = probability < 0
+    return pa.array(partner, mask=unknown), pa.array(probability, pa.float32(), mask=unknown)
+
+
+def _found_by_row(findings: pa.Table | None) -> dict[int, list[tuple[str, str]]]:
+    """Kind and detail of the findings about each row, in the order of the table: strongest kind first."""
+    result: dict[int, list[tuple[str, str]]] = {}
+    if findings is not None:
+        columns = (findings[name].to_pylist() for name in ("row", "kind", "detail"))
+        for row, kind, detail in zip(*columns, strict=True):
+            result.setdefault(row, []).append((kind, detail))
+    return result
+
+
+def _with_findings(reasons: list[str], found: list[tuple[str, str]], flagged: bool) -> list[str]:
+    """At most `_MOST_REASONS` reasons: warnings, then the scores', then the rest; clean pairs get warnings alone."""
+    warnings: list[str] = []
+    rest: list[str] = []
+    for kind, detail in found:
+        target = warnings if FINDING_KINDS[kind][0] == "warn" else rest
+        if detail not in target and kind not in _SAID_BY_STATUS:
+            target.append(detail)
+    first = reasons[:1] if reasons and reasons[0].startswith("evidence conflicts") else []
+    ordered = [*first, *warnings[:2], *reasons[len(first) :], *(rest if flagged else [])]
+    if flagged and rest and len(ordered) > _MOST_REASONS:
+        ordered = [*ordered[: _MOST_REASONS - 1], rest[0]]
+    return ordered[:_MOST_REASONS]
+
+
 def _reasons(
-    scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool
+    scores: pa.Table,
+    pairs: pa.Table,
+    codes: np.ndarray,
+    is_ok: np.ndarray,
+    blind: bool,
+    findings: pa.Table | None,
 ) -> pa.Array:
     def values(name: str) -> np.ndarray:
         return np.asarray(scores[name].to_numpy(zero_copy_only=False), dtype=np.float64)
@@ -157,6 +207,8 @@ def _reasons(
             if entropy[at] >= _GENERIC_ENTROPY:
                 reasons.append("generic: fits many others about as well")
             reasons.insert(0, f"evidence conflicts: {probability[at]:.0%} likely noise")
+    for at, found in _found_by_row(findings).items():
+        result[at] = _with_findings(result[at], found, bool(codes[at] > 0))
     statuses = pairs["status"].to_pylist()
     details = pairs["status_detail"].to_pylist()
     for at in np.flatnonzero(~is_ok).tolist():
