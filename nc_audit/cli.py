@@ -90,6 +90,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
             try:
                 function(*args, **kwargs)
+            except typer.Exit:
+                raise
             except AuditError as problem:
                 console.show_error(problem)
                 raise typer.Exit(EXIT_FIXABLE) from None
