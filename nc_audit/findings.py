@@ -487,7 +487,7 @@ def rematches(found: Found, vectors: Vectors, known: dict[int, tuple[int, float]
     """For likely noisy pairs, the displaced caption that fits the image best and whose best image it is.
 
     The probability compares the cosine with those of clean pairs and with hard mismatches, the best of 16 random
-    captions of each clean image; two normal densities of one spread, mismatches twice as likely beforehand.
+    captions of each clean image; two normal densities of one spread, mismatches four times as likely beforehand.
     """
     noisy = np.nan_to_num(vectors.noise_probability, nan=0.0) >= 0.5
     noisy[list(known)] = False
@@ -526,8 +526,8 @@ def rematches(found: Found, vectors: Vectors, known: dict[int, tuple[int, float]
         caption = int(captions[best_caption[at]])
         if best_image[best_caption[at]] != at or (image, caption) in own:
             continue
-        probability = 1 / (1 + 2 * np.exp(-np.clip(slope * (value[at] - middle), -50, 50)))
-        chosen[image] = (carrier[caption], min(float(probability), MAX_REMATCH_PROBABILITY))
+        probability = 1 / (1 + 4 * np.exp(-np.clip(slope * (value[at] - middle), -50, 50)))
+        chosen[image] = (carrier[caption], min(float(probability), 0.9))
     for row in rows.tolist():
         partner, probability = chosen.get(int(vectors.row_image[row]), (-1, 0.0))
         if probability >= 0.5:

@@ -29,13 +29,13 @@ class Limit:
         Raises:
             DatasetError: it is neither.
         """
-        if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text) and float(text[:-1]) <= 100:
             return cls(float(text[:-1]) / 100, True)
         if name == "rate":
-            if re.fullmatch(r"0(\.\d+)?|1(\.0+)?", text):
+            if re.fullmatch(r"0(\.[0-9]+)?|1(\.0+)?", text):
                 return cls(float(text), True)
             raise DatasetError(f"--max-rate {text!r} is not a share", "for example 5% or 0.05")
-        if re.fullmatch(r"\d+", text):
+        if re.fullmatch(r"[0-9]+", text):
             return cls(int(text), False)
         raise DatasetError(
             f"--max-{name.replace('_', '-')} {text!r} is neither a percentage nor a count",

@@ -220,7 +220,7 @@ def test_exchanged_captions_are_matched_again() -> None:
     matched = {one["row"]: one for one in case.find() if one["kind"] == "rematch"}
     assert len(matched) >= 36
     assert all(case.row_caption[one["partner_row"]] == row for row, one in matched.items())
-    assert all(0.5 <= one["probability"] <= 0.95 for one in matched.values())
+    assert all(0.5 <= one["probability"] <= 0.901 for one in matched.values())
 
 
 def test_captions_that_fit_nothing_are_not_matched() -> None:
