@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 from make_run import Pair, make_run, pair_id
-from typer.testing import CliRunner
 
 from nc_audit.cli import app
 from nc_audit.diff import diff_runs
@@ -28,8 +29,9 @@ def runs(tmp_path: Path) -> tuple[Run, Run]:
 
 
 def diff(*args: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, ["diff", *args])
-    return done.exit_code, done.stdout, done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = app(["diff", *args], standalone_mode=False)
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 def test_the_whole_output(runs: tuple[Run, Run]) -> None:

@@ -174,9 +174,7 @@ def test_a_set_in_two_scripts_has_no_other_script() -> None:
 def test_generic_captions_are_those_of_pairs_that_look_right() -> None:
     case, rank = Case(), np.ones(NUM, np.int64)
     rank[[3, 4]], case.noise[4] = 101, 0.9
-    assert told(case.find(rank), "generic_caption") == {
-        3: "generic: 100 other images fit the caption better"
-    }
+    assert told(case.find(rank), "generic_caption") == {3: "generic: 100 other images fit the caption better"}
 
 
 def test_a_noisy_caption_unlike_the_images_others() -> None:

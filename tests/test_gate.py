@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 from make_run import Pair, make_run
-from typer.testing import CliRunner
 
 from nc_audit.cli import app
 from nc_audit.errors import DatasetError
@@ -43,8 +44,9 @@ def run(tmp_path: Path) -> Run:
 
 
 def gate(run: Run, *args: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, ["gate", "--run", str(run.path), *args])
-    return done.exit_code, done.stdout, done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = app(["gate", "--run", str(run.path), *args], standalone_mode=False)
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 def test_limits_kept_end_with_0(run: Run) -> None:
