@@ -29,7 +29,7 @@ WHOLE_SEARCH = 30_000
 """Up to so many images are compared all with all; beyond, each with those next to it along one direction."""
 WINDOW = 256
 NEAR_COSINE = 0.9  # of centred embeddings; the hash decides
-NEAR_BITS = 4  # of 64
+NEAR_BITS = 26  # of 256
 HASHED = 4_000  # images decoded for their hash, at most
 PLACEHOLDER = 10  # captions at least
 COPIED = 10  # images at least
@@ -126,8 +126,8 @@ def find_all(
 
 
 def dhash(image: Image) -> int:
-    """Difference hash of an image: 64 bits, one for each step to the right that gets brighter, 8 rows of 9 cells."""
-    grey = np.asarray(image.convert("L").resize((9, 8), 4), dtype=np.int16)  # 4 = box: means of cells
+    """Difference hash of an image: 256 bits, one for each step to the right that gets brighter, 16 rows of 17 cells."""
+    grey = np.asarray(image.convert("L").resize((17, 16), 4), dtype=np.int16)  # 4 = box: means of cells
     bits = np.packbits((grey[:, 1:] > grey[:, :-1]).ravel())
     return int.from_bytes(bits.tobytes(), "big")
 
