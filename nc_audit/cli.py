@@ -77,7 +77,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
 ]
 
-EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 70, 130
+EXIT_GATE, EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 2, 70, 130
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -90,6 +90,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
             try:
                 function(*args, **kwargs)
+            except typer.Exit:
+                raise
             except AuditError as problem:
                 console.show_error(problem)
                 raise typer.Exit(EXIT_FIXABLE) from None
@@ -688,6 +690,151 @@ def evaluate(
         console.print_json({"run": str(opened.path), **result})
     else:
         console.show_evaluation(result)
+
+
+@command("gate")
+def gate(
+    run: RunOption = None,
+    max_noisy: Annotated[
+        str | None, typer.Option("--max-noisy", metavar="N|P%", help="Rows tagged noisy.")
+    ] = None,
+    max_ambiguous: Annotated[
+        str | None, typer.Option("--max-ambiguous", metavar="N|P%", help="Rows tagged ambiguous.")
+    ] = None,
+    max_unusable: Annotated[
+        str | None, typer.Option("--max-unusable", metavar="N|P%", help="Rows that could not be audited.")
+    ] = None,
+    max_rate: Annotated[
+        str | None, typer.Option("--max-rate", metavar="5%", help="Estimated noise rate, a share.")
+    ] = None,
+    max_duplicates: Annotated[
+        str | None,
+        typer.Option(
+            "--max-duplicates", metavar="N|P%", help="Rows with a duplicate or near-duplicate image."
+        ),
+    ] = None,
+    max_leakage: Annotated[
+        str | None,
+        typer.Option("--max-leakage", metavar="N|P%", help="Rows whose image is also in another split."),
+    ] = None,
+    max_contradicting_captions: Annotated[
+        str | None,
+        typer.Option(
+            "--max-contradicting-captions", metavar="N|P%", help="Equal images whose captions disagree."
+        ),
+    ] = None,
+    max_block_shift: Annotated[
+        str | None, typer.Option("--max-block-shift", metavar="N|P%", help="Rows in a shifted block.")
+    ] = None,
+    max_placeholder_image: Annotated[
+        str | None,
+        typer.Option("--max-placeholder-image", metavar="N|P%", help="Rows of placeholder images."),
+    ] = None,
+    max_file_name_caption: Annotated[
+        str | None,
+        typer.Option("--max-file-name-caption", metavar="N|P%", help="Captions that are file names or URLs."),
+    ] = None,
+    max_empty_caption: Annotated[
+        str | None, typer.Option("--max-empty-caption", metavar="N|P%", help="Empty captions.")
+    ] = None,
+    max_other_script: Annotated[
+        str | None, typer.Option("--max-other-script", metavar="N|P%", help="Captions in another script.")
+    ] = None,
+    max_disagrees: Annotated[
+        str | None,
+        typer.Option("--max-disagrees", metavar="N|P%", help="Captions unlike the image's others."),
+    ] = None,
+    max_duplicate_image: Annotated[
+        str | None,
+        typer.Option("--max-duplicate-image", metavar="N|P%", help="Equal images under several names."),
+    ] = None,
+    max_near_duplicate_image: Annotated[
+        str | None,
+        typer.Option("--max-near-duplicate-image", metavar="N|P%", help="Images that look the same."),
+    ] = None,
+    max_copied_caption: Annotated[
+        str | None, typer.Option("--max-copied-caption", metavar="N|P%", help="Captions on many images.")
+    ] = None,
+    max_generic_caption: Annotated[
+        str | None,
+        typer.Option("--max-generic-caption", metavar="N|P%", help="Captions that fit many images."),
+    ] = None,
+    max_short_caption: Annotated[
+        str | None, typer.Option("--max-short-caption", metavar="N|P%", help="Captions of one word.")
+    ] = None,
+    max_cut_caption: Annotated[
+        str | None,
+        typer.Option("--max-cut-caption", metavar="N|P%", help="Captions longer than the encoder reads."),
+    ] = None,
+    max_rematch: Annotated[
+        str | None, typer.Option("--max-rematch", metavar="N|P%", help="Pairs that another caption fits.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a run against limits, each a number of rows or a percentage: exit code 1 when one is broken, else 0.
+
+    Example: nc-audit gate --max-noisy 2% --max-unusable 0 --max-leakage 0
+    """
+    from nc_audit import console
+    from nc_audit.gate import check_run
+
+    limits = {
+        "noisy": max_noisy,
+        "ambiguous": max_ambiguous,
+        "unusable": max_unusable,
+        "rate": max_rate,
+        "duplicates": max_duplicates,
+        "leakage": max_leakage,
+        "contradicting_captions": max_contradicting_captions,
+        "block_shift": max_block_shift,
+        "placeholder_image": max_placeholder_image,
+        "file_name_caption": max_file_name_caption,
+        "empty_caption": max_empty_caption,
+        "other_script": max_other_script,
+        "disagrees": max_disagrees,
+        "duplicate_image": max_duplicate_image,
+        "near_duplicate_image": max_near_duplicate_image,
+        "copied_caption": max_copied_caption,
+        "generic_caption": max_generic_caption,
+        "short_caption": max_short_caption,
+        "cut_caption": max_cut_caption,
+        "rematch": max_rematch,
+    }
+    opened = _open(run)
+    checks = check_run(opened, {name: text for name, text in limits.items() if text is not None})
+    is_kept = all(check.is_kept for check in checks)
+    if json:
+        console.print_json(
+            {"run": str(opened.path), "kept": is_kept, "checks": [check.as_json() for check in checks]}
+        )
+    else:
+        console.show_gate(checks)
+    if not is_kept:
+        raise typer.Exit(EXIT_GATE)
+
+
+@command("diff")
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run before.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run after.")],
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", min=0, help="How many pairs of each list to show.")
+    ] = 20,
+    json: JsonOption = False,
+) -> None:
+    """Show which pairs changed tag between two runs, and why; findings never fail it.
+
+    Example: nc-audit diff runs/before runs/after --top 50
+    """
+    from nc_audit import console
+    from nc_audit.diff import diff_runs
+    from nc_audit.run import Run
+
+    difference = diff_runs(Run.open(run_a), Run.open(run_b))
+    if json:
+        console.print_json({"run_a": str(run_a), "run_b": str(run_b), **difference.as_json(top)})
+    else:
+        console.show_diff(difference, top)
 
 
 @command("runs")

@@ -20,7 +20,9 @@ from rich.text import Text
 from nc_audit.errors import AuditError, RecipeError
 
 if TYPE_CHECKING:
+    from nc_audit.diff import Difference, Verdict
     from nc_audit.export import ExportResult
+    from nc_audit.gate import Check
     from nc_audit.report import ReportRow
 
 _TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
@@ -141,6 +143,8 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
         console.print(Text(f"decided by people: {summary['decided_rows']:,} rows"))
     for line in rate_lines(summary):
         console.print(Text(line))
+    for found in summary["findings"]:
+        console.print(Text(f"found: {found['count']:,} rows  {found['kind']}: {found['detail']}"))
     seconds = summary["seconds"]
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
@@ -301,6 +305,46 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
                 "yellow",
             )
         )
+
+
+def show_gate(checks: Sequence[Check]) -> None:
+    """Each limit with the value and whether it is kept, to stdout."""
+    show_listing(
+        ["limit", "at most", "found", ""],
+        [
+            [one.name.replace("_", " "), str(one.limit), one.shown(), "pass" if one.is_kept else "FAIL"]
+            for one in checks
+        ],
+    )
+
+
+def show_diff(difference: Difference, top: int) -> None:
+    """What changed between two runs, to stdout."""
+    from nc_audit.report.text import plain
+
+    console = out()
+    tags = ["clean", "ambiguous", "noisy", "not audited"]
+    show_listing(
+        ["before / after", *tags],
+        [[one, *(f"{difference.matrix.get((one, other), 0):,}" for other in tags)] for one in tags],
+    )
+
+    def line(verdict: Verdict) -> str:
+        value = verdict.noise_probability
+        told = "" if value is None else f" {value:.2f}"
+        because = f"  ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
+        return plain(f"{verdict.tag}{told}{because}")
+
+    console.print(Text(f"{len(difference.changes):,} pairs changed tag"))
+    for change in difference.changes[:top]:
+        after = change.after
+        console.print(Text(f"  row {after.row:,}  {plain(after.image or '')}  {plain(after.caption or '')}"))
+        console.print(Text(f"    was {line(change.before)}"))
+        console.print(Text(f"    now {line(after)}"))
+    for name, only in (("first", difference.only_a), ("second", difference.only_b)):
+        console.print(Text(f"{len(only):,} pairs in the {name} run only"))
+        for _, one in only[:top]:
+            console.print(Text(f"  row {one.row:,}  {plain(one.image or '')}  {plain(one.caption or '')}"))
 
 
 def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:

@@ -32,10 +32,10 @@ from nc_audit.dataset import (
     read_trusted,
 )
 from nc_audit.decisions import Decision, read_decisions
-from nc_audit.errors import DatasetError, RecipeError, RunError
+from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import Run, digest_of, file_digest, write_parquet
-from nc_audit.schema import METHOD_COLUMNS, SCORES, TRAJECTORY
+from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
 from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class _Audit:
                 known.append(self.run.decided("keep"))
             return known
         if stage == "score":
-            return recipe.score.model_dump(mode="json")
+            return [recipe.score.model_dump(mode="json"), "findings 1"]
         return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
 
     # --- shared values
@@ -488,8 +488,11 @@ class _Audit:
             "searched": str(min(settings.rank_candidates, max(pairs.num_captions, pairs.num_images))),
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
+        findings, capped = self._findings(table, *vectors)
+        self.run.write_table("findings", findings)
         self.watch.progress("score", 2, 2)
-        return {"scores.parquet": len(table)}, {
+        return {"scores.parquet": len(table), "findings.parquet": len(findings)}, {
+            "capped": capped,
             "noise_rate": {
                 "estimate": rate.estimate,
                 "low": rate.low,
@@ -497,8 +500,39 @@ class _Audit:
                 "level": rate.level,
                 "expected_auroc": None if rate.expected_auroc != rate.expected_auroc else rate.expected_auroc,
                 "evidence": rate.evidence,
-            }
+            },
         }
+
+    def _findings(self, scores: pa.Table, image: Tensor, caption: Tensor) -> tuple[pa.Table, list[str]]:
+        """The `findings` table, and which searches were capped."""
+        from nc_audit.dataset import decode_image
+        from nc_audit.findings import Vectors, dhash, find_all
+
+        folded, pairs = self.folded, self.run.table("pairs")
+
+        def read_hash(index: int) -> int | None:
+            try:
+                return dhash(decode_image(self.images.read(folded.image_uris[index])))
+            except (AuditError, OSError):
+                return None
+
+        at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
+        found = find_all(
+            pairs,
+            Vectors(
+                np.where(is_ok, folded.pair_image[at], -1),
+                np.where(is_ok, folded.pair_caption[at], -1),
+                self.inputs[0].numpy(),
+                image.numpy(),
+                caption.numpy(),
+                np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64),
+            ),
+            np.asarray(scores["image_rank"].fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64),
+            read_hash,
+        )
+        for line in found.capped:
+            self.watch.warn(line)
+        return found.table(pairs), found.capped
 
     def _tag(self) -> tuple[dict[str, int], dict[str, Any]]:
         section = self.recipe.tag
@@ -610,6 +644,7 @@ def _write_tags(
     run: Run, thresholds: Thresholds, budget: float | None
 ) -> tuple[dict[str, int], dict[str, Any]]:
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
+    has_findings = "findings.parquet" in run.stage("score")["files"]
     tags = tag_scores(
         run.table("scores"),
         run.table("pairs"),
@@ -617,6 +652,7 @@ def _write_tags(
         blind=blind,
         budget=budget,
         decisions=_decisions(run),
+        findings=run.table("findings") if has_findings else None,
     )
     run.write_table("tags", tags)
     stated = {
@@ -655,9 +691,24 @@ def summarise(run: Run) -> dict[str, Any]:
         "whole_images": train["whole_images"],
         "thresholds": run.stage("tag")["thresholds"],
         "encoders": run.stage("embed")["encoders"],
-        "findings": [],
+        "findings": _count_findings(run),
         "seconds": {stage: run.stage(stage)["seconds"] for stage in STAGES},
     }
+
+
+def _count_findings(run: Run) -> list[dict[str, Any]]:
+    """Kind, number of rows and meaning of what was found, strongest first; kinds without any are left out."""
+    if "findings.parquet" not in run.stage("score")["files"]:
+        return []
+    table = run.table("findings", ["row", "kind"])
+    rows = table.group_by("kind").aggregate([("row", "count_distinct")])
+    counts = dict(zip(rows["kind"].to_pylist(), rows["row_count_distinct"].to_pylist(), strict=True))
+    counts["cut_caption"] = run.stage("embed")["cut_captions"]
+    return [
+        {"kind": kind, "count": counts[kind], "detail": meaning}
+        for kind, (_, meaning) in FINDING_KINDS.items()
+        if counts.get(kind)
+    ]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

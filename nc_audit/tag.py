@@ -17,13 +17,15 @@ import pyarrow.compute as pc
 from nc_audit.decisions import Decision
 from nc_audit.errors import RecipeError
 from nc_audit.run import Run
-from nc_audit.schema import TAGS, TAGS_KNOWN, list_of
+from nc_audit.schema import FINDING_KINDS, TAGS, TAGS_KNOWN, list_of
 
 MODEL = "model"
 NAMELESS = "reviewer"
 """Stands in `decided_by` for a reviewer without a name, or with the model's."""
 
 _GENERIC_ENTROPY = 0.9
+_MOST_REASONS = 5
+_SAID_BY_STATUS = {"empty_caption"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def tag_scores(
     blind: bool = False,
     budget: float | None = None,
     decisions: Mapping[str, Decision] | None = None,
+    findings: pa.Table | None = None,
 ) -> pa.Table:
     """The `tags` table of a run.
 
@@ -99,13 +102,15 @@ def tag_scores(
         budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
         decisions: what people decided, by pair_id. Their word wins: kept and corrected pairs are clean, dropped ones
             noisy, `decided_by` names the reviewer. Decisions on pairs that are not there or not ok count for nothing.
+        findings: the `findings` table, for reasons and re-matches; None where there is none.
 
     Returns:
         The table of `schema.TAGS`: tag null where the row's status is not ok, its reason then being the status.
     """
     is_ok = np.asarray(pc.equal(pairs["status"], "ok").to_numpy(zero_copy_only=False), dtype=bool)
     codes = _codes(scores, is_ok, thresholds, blind=blind, budget=budget)
-    reasons = _reasons(scores, pairs, codes, is_ok, blind)
+    reasons = _reasons(scores, pairs, codes, is_ok, blind, findings)
+    rematch_row, rematch_probability = _rematches(findings, len(codes))
     decided_by: list[str | None] = [MODEL if ok else None for ok in is_ok.tolist()]
     if decisions:
         at, standing = _decided_rows(pairs["pair_id"], is_ok, decisions)
@@ -123,6 +128,8 @@ def tag_scores(
             tags,
             pa.array(reasons, list_of(pa.string())),
             pa.array(decided_by, pa.string()),
+            rematch_row,
+            rematch_probability,
         ],
         schema=TAGS,
     )
@@ -196,8 +203,51 @@ def _reasons_of(decision: Decision, name: str, code: int, model: list[str]) -> l
     return [f"caption corrected by {name}"]
 
 
+def _rematches(findings: pa.Table | None, num_rows: int) -> tuple[pa.Array, pa.Array]:
+    """The row whose caption fits each row's image, and the probability, by the likeliest finding that names one."""
+    partner, probability = np.zeros(num_rows, np.int64), np.full(num_rows, -1.0, np.float32)
+    if findings is not None:
+        named = findings.filter(pc.is_valid(findings["probability"]))
+        columns = (named[name].to_pylist() for name in ("row", "partner_row", "probability"))
+        for row, other, value in zip(*columns, strict=True):
+            if value > probability[row]:
+                partner[row], probability[row] = other, value
+    unknown = probability < 0
+    return pa.array(partner, mask=unknown), pa.array(probability, pa.float32(), mask=unknown)
+
+
+def _found_by_row(findings: pa.Table | None) -> dict[int, list[tuple[str, str]]]:
+    """Kind and detail of the findings about each row, in the order of the table: strongest kind first."""
+    result: dict[int, list[tuple[str, str]]] = {}
+    if findings is not None:
+        columns = (findings[name].to_pylist() for name in ("row", "kind", "detail"))
+        for row, kind, detail in zip(*columns, strict=True):
+            result.setdefault(row, []).append((kind, detail))
+    return result
+
+
+def _with_findings(reasons: list[str], found: list[tuple[str, str]], flagged: bool) -> list[str]:
+    """At most `_MOST_REASONS` reasons: warnings, then the scores', then the rest; clean pairs get warnings alone."""
+    warnings: list[str] = []
+    rest: list[str] = []
+    for kind, detail in found:
+        target = warnings if FINDING_KINDS[kind][0] == "warn" else rest
+        if detail not in target and kind not in _SAID_BY_STATUS:
+            target.append(detail)
+    first = reasons[:1] if reasons and reasons[0].endswith("likely noise") else []
+    ordered = [*first, *warnings[:2], *reasons[len(first) :], *(rest if flagged else [])]
+    if flagged and rest and len(ordered) > _MOST_REASONS:
+        ordered = [*ordered[: _MOST_REASONS - 1], rest[0]]
+    return ordered[:_MOST_REASONS]
+
+
 def _reasons(
-    scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool
+    scores: pa.Table,
+    pairs: pa.Table,
+    codes: np.ndarray,
+    is_ok: np.ndarray,
+    blind: bool,
+    findings: pa.Table | None,
 ) -> list[list[str]]:
     def values(name: str) -> np.ndarray:
         return np.asarray(scores[name].to_numpy(zero_copy_only=False), dtype=np.float64)
@@ -233,7 +283,10 @@ def _reasons(
         if codes[at] == 1:
             if entropy[at] >= _GENERIC_ENTROPY:
                 reasons.append("generic: fits many others about as well")
-            reasons.insert(0, f"evidence conflicts: {probability[at]:.0%} likely noise")
+            conflicts = "evidence conflicts" if 0.05 < probability[at] < 0.95 else "not among the worst"
+            reasons.insert(0, f"{conflicts}: {probability[at]:.0%} likely noise")
+    for at, found in _found_by_row(findings).items():
+        result[at] = _with_findings(result[at], found, bool(codes[at] > 0))
     statuses = pairs["status"].to_pylist()
     details = pairs["status_detail"].to_pylist()
     for at in np.flatnonzero(~is_ok).tolist():

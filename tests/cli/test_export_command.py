@@ -58,7 +58,7 @@ def test_what_cannot_be_changes_nothing(run, tmp_path):
 def test_a_rematch_that_is_not_there_is_one_line(run, tmp_path):
     result = typed(run, "--rematch", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0
-    assert result.stderr == "! --rematch changes nothing: the run did not look for re-matches\n"
+    assert result.stderr == "! --rematch changes nothing: the run found no confident re-match\n"
     assert result.stdout.splitlines()[0].startswith("3 of 3 rows exported to ")
 
 
