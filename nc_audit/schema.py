@@ -132,6 +132,12 @@ SCORES = pa.schema(
 METHOD_COLUMNS: dict[str, pa.Field] = {
     field.name: field
     for field in (
+        _field(
+            "zero_shot_loss",
+            _F,
+            "self_paced: loss by the cosine of aligned encoders, untrained; higher = fits worse",
+            unit="nats, 0..",
+        ),
         _field("image_novelty", _F, "tsvc: how unusual the image is; higher = rarer", unit="nats"),
         _field("caption_novelty", _F, "tsvc: how unusual the caption is; higher = rarer", unit="nats"),
         _field(

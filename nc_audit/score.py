@@ -25,7 +25,7 @@ from nc_audit.calibrate import (
     rate_of_probabilities,
 )
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, carried_over, fused
+from nc_audit.methods.known_swaps import Evidence, carried_over, fused, worth
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import neighbour_distance
 from nc_audit.recipe import ScoreSection
@@ -245,6 +245,9 @@ def judge(
             probability = carried_over(held_out.posterior.given_N, evidence.given_N).float()
         else:
             evidence = fused(held, final, final, around.by_image, around.by_caption)
+            if "zero_shot_loss" in given:
+                untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"][planted])
+                evidence = evidence + untrained.times(worth(untrained, held))
             rate = noise_rate(
                 evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
             )

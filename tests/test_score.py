@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -279,6 +281,26 @@ def test_the_rate_is_the_mean_of_two_looks_and_its_interval_knows_how_they_diffe
     other = 2 * rate.estimate - held_out.rate.estimate
     assert rate.low < min(rate.estimate, (rate.estimate + other) / 2)
     assert rate.high - rate.low >= abs(other - held_out.rate.estimate)
+
+
+@pytest.mark.parametrize(("blur", "gain"), [(0.5, 0.0), (2.0, -0.003), (None, -0.003)])
+def test_aligned_encoders_own_cosine_helps_or_does_no_harm(blur, gain):
+    # One space for both sides: good, poor, or of nothing but chance (None).
+    generator = torch.Generator().manual_seed(4)
+    base = planted_set(300, 3, 0.4)
+    own = torch.randn(300, 40, generator=generator)
+    caption = own.repeat_interleave(3, 0) + (blur or 0) * torch.randn(900, 40, generator=generator)
+    if blur is None:
+        own, caption = base.image_ID[:, :40], base.caption_CD
+    aligned = replace(base, image_ID=own, caption_CD=caption)
+    noisy, found = base.is_noisy_N, []
+    for scale in (None, 20.0):
+        inputs = replace(inputs_of(aligned, QUICK, 300), logit_scale=scale)
+        judgement = train_robustly(inputs, QUICK).judgement(300)
+        assert ("zero_shot_loss" in judgement.given) is (scale is not None)
+        score = scored(judgement, aligned)[1]["noise_score"]
+        found.append(swaps_auroc(score[~noisy], score[noisy]))
+    assert found[1] >= found[0] + gain
 
 
 def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):

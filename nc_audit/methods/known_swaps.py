@@ -339,6 +339,11 @@ class Evidence:
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(self.given_N + other.given_N, self.swaps_S + other.swaps_S)
 
+    def times(self, factor: float) -> Evidence:
+        """Both standardised and multiplied."""
+        one = self.standardised()
+        return Evidence(factor * one.given_N, factor * one.swaps_S)
+
     def rate(self) -> float:
         """Noise rate by the swaps' tails, 0..1."""
         return noise_rate(self.given_N, self.swaps_S)
@@ -347,6 +352,16 @@ class Evidence:
         """Noise probability of given pairs and swaps, float32, 0..1."""
         given, swaps = noise_posterior(self.given_N, self.swaps_S, rate)
         return Evidence(given.float(), swaps.float())
+
+
+def worth(more: Evidence, beside: Evidence) -> float:
+    """How far one quantity tells given pairs from swaps, as a share of how far another does: 0..1.
+
+    The distance is between means, in standard deviations of the swaps. As a weight in a sum it keeps a signal that
+    knows nothing from blurring one that does.
+    """
+    own, other = (-float(one.standardised().given_N.mean()) for one in (more, beside))
+    return min(1.0, max(0.0, own / other)) if other > 0 else float(own > 0)
 
 
 def fused(*evidence: Evidence) -> Evidence:

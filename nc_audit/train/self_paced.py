@@ -22,12 +22,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nc_audit.calibrate import by_image, combine_held_out, strikes_whole_images
 from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
-from nc_audit.methods.known_swaps import Evidence, fused
+from nc_audit.methods.known_swaps import Evidence, fused, worth
 from nc_audit.methods.matching import Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
 from nc_audit.methods.projections import principal_projection
@@ -139,6 +140,28 @@ def _variation_rounds(
         evidence = Evidence(-given, -swapped)
         weight_N = (1 - evidence.posterior(evidence.rate()).given_N).clamp_min(MIN_WEIGHT)
     return evidence, -evidence.given_N
+
+
+def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
+    """What aligned encoders say without any training: the loss of pairs and swaps by their own cosine.
+
+    None where the encoders are not aligned.
+    """
+    if inputs.logit_scale is None:
+        return None
+    image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
+    asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
+    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked)
+    return Evidence(given.loss, swapped.loss)
+
+
+def joined(look: FirstLook, more: Evidence | None) -> FirstLook:
+    """A first look with one more signal, counted as far as it tells given pairs from swaps."""
+    if more is None:
+        return look
+    total = look.evidence.standardised() + more.times(worth(more, look.evidence))
+    rate = total.rate()
+    return FirstLook(total, look.variation_N, rate, total.posterior(rate).given_N)
 
 
 # --- 2. out-of-fold heads -------------------------------------------------------------------------------
@@ -361,6 +384,7 @@ class Trained:
     swaps: Pairs
     planted: Tensor
     whole_images: bool
+    untrained: Evidence | None = None
 
     def judgement(self, num_candidates: int) -> Judgement:
         """What scoring goes on from: see `score.score_swapped` for the names."""
@@ -384,6 +408,9 @@ class Trained:
             "final_loss": _placed(final.loss.swaps_S, self.planted, num),
             "final_distance": _placed(final.distance.swaps_S, self.planted, num),
         }
+        if self.untrained is not None:
+            given["zero_shot_loss"] = self.untrained.given_N
+            swaps["zero_shot_loss"] = self.untrained.swaps_S
         facts = {
             "first_look_rate": round(first.rate, 6),
             "whole_images": self.whole_images,
@@ -420,14 +447,16 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     fold_N = assign_folds(group_N, settings.folds, generator)
     block_N = look_fold_N * settings.folds + fold_N
     swaps = _known_swaps(pairs, known_swaps.draw_swaps, block_N, settings, generator)
-    first = first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings)
+    untrained = zero_shot(inputs, swaps)
+    first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
     if whole_images:
         group_N = pairs.image_N
         fold_N = assign_folds(group_N, settings.folds, generator)
         block_N = look_fold_N * settings.folds + fold_N
         swaps = _known_swaps(pairs, known_swaps.draw_image_swaps, block_N, settings, generator)
-        first = first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings)
+        untrained = zero_shot(inputs, swaps)
+        first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
     folds = train_folds(inputs, swaps, prior_N, fold_N, settings, seed, progress)
     held_out = combine_held_out(
@@ -460,7 +489,7 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
             evidence = by_image(evidence, pairs.image_N, sitting_in.image_N)
         noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
-    return Trained(first, folds, final, model, swaps, planted, whole_images)
+    return Trained(first, folds, final, model, swaps, planted, whole_images, untrained)
 
 
 def _known_swaps(
