@@ -6,7 +6,7 @@ Shapes: N = pairs; S = swaps; I = images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,13 @@ class NoiseRate:
     expected_auroc: float
     is_blind: bool
     is_calibrated: bool = True
+
+    def moved(self, by: float) -> NoiseRate:
+        """The rate and its interval moved, within 0..1; a blind one stays."""
+        if self.is_blind:
+            return self
+        estimate, low, high = (min(1.0, max(0.0, one + by)) for one in (self.estimate, self.low, self.high))
+        return replace(self, estimate=estimate, low=low, high=high)
 
     @property
     def is_weak(self) -> bool:
@@ -195,6 +202,50 @@ def pure_rate(point_Q: Tensor, draw_BQ: Tensor) -> Tensor:
         misfits.append(torch.where(impossible, misfit, other)[0])
     weight = torch.softmax(-torch.stack(misfits) / 2, 0)
     return (weight[:, None] * torch.stack(rates)).sum(0).clamp(0.0, 1.0)
+
+
+def corrected_by_people(probability_N: Tensor, known_K: Tensor, is_noise_K: Tensor) -> Tensor:
+    """Probabilities bent to what people found: logit p becomes a + b logit p, fitted on the pairs they decided.
+
+    Which pairs were looked at may depend on the probability (the worst first, say), not on the outcome: pairs that
+    are only known because they are right must not be among them. A normal prior around no change (deviation .5 for
+    a, .25 for b) keeps a handful of decisions from turning the scale.
+
+    Args:
+        probability_N: noise probability of every pair, shape [N], 0..1.
+        known_K: indices of the decided pairs, shape [K].
+        is_noise_K: whether they were found to be noise, bool, shape [K].
+
+    Returns:
+        Shape [N], 0..1; 0 and 1 stay what they are, and order is kept.
+    """
+    if not len(known_K):
+        return probability_N
+    logit_N = probability_N.double().clamp(1e-4, 1 - 1e-4).logit()
+    x, y = logit_N[known_K], is_noise_K.double()
+    prior_mean = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    precision = torch.tensor([4.0, 16.0], dtype=torch.float64)
+    design = torch.stack([torch.ones_like(x), x], 1)
+    coefficients = prior_mean.clone()
+
+    def cost(value: Tensor) -> Tensor:
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(design @ value, y, reduction="sum")
+        return fit + (precision * (value - prior_mean).square()).sum() / 2
+
+    for _ in range(50):
+        found = torch.sigmoid(design @ coefficients)
+        gradient = design.T @ (found - y) + precision * (coefficients - prior_mean)
+        curvature = (design * (found * (1 - found))[:, None]).T @ design + torch.diag(precision)
+        step = torch.linalg.solve(curvature, gradient)
+        while cost(coefficients - step) > cost(coefficients) and step.abs().max() > 1e-12:
+            step = step / 2
+        coefficients = coefficients - step
+        if step.abs().max() < 1e-9:
+            break
+    slope = coefficients[1].clamp_min(0.05)
+    bent = torch.sigmoid(coefficients[0] + slope * logit_N).to(probability_N.dtype)
+    certain = (probability_N <= 0) | (probability_N >= 1)
+    return torch.where(certain, probability_N, bent)
 
 
 def rate_of_probabilities(

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 STAGES = ("load", "embed", "train", "score", "tag")
 NEED_TRUSTED = ("chnr",)
+"""Methods that cannot do without pairs known to be right, and also learn from those people kept."""
+USE_TRUSTED = (*NEED_TRUSTED, "self_paced")
 """Methods that learn from pairs known to be right."""
 
 
@@ -202,13 +204,19 @@ class _Audit:
             return [plan.facts(), [file_digest(path) for path in files], tuned]
         if stage == "train":
             known = [recipe.train.settings_in_use(), recipe.score.candidates]
-            if recipe.train.method in NEED_TRUSTED:
-                file = recipe.dataset.trusted
+            file = recipe.dataset.trusted
+            if recipe.train.method in NEED_TRUSTED or (recipe.train.method in USE_TRUSTED and file):
                 known.append(file_digest(Path(file)) if file and Path(file).is_file() else file)
+            if recipe.train.method in NEED_TRUSTED:
                 known.append(self.run.decided("keep"))
             return known
         if stage == "score":
-            return [recipe.score.model_dump(mode="json"), "findings 1"]
+            found = self._found_by_people()
+            return [
+                recipe.score.model_dump(mode="json"),
+                "findings 1",
+                *([sorted(found.items())] if found else []),
+            ]
         return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
 
     # --- shared values
@@ -338,11 +346,11 @@ class _Audit:
         """Which distinct pairs are known to be right, by --trusted or by people's decisions; None where none are."""
         import torch
 
-        if self.recipe.train.method not in NEED_TRUSTED:
+        if self.recipe.train.method not in USE_TRUSTED:
             if self.recipe.dataset.trusted is not None:
                 self.watch.warn(f"--trusted is not used by the method {self.recipe.train.method}")
             return None
-        vouched = set(self.run.decided("keep"))
+        vouched = set(self.run.decided("keep")) if self.recipe.train.method in NEED_TRUSTED else set()
         file = self.recipe.dataset.trusted
         if file is not None:
             trusted = read_trusted(Path(file), self.run.table("pairs"))
@@ -354,6 +362,11 @@ class _Audit:
         if not vouched:
             return None
         return torch.tensor([one in vouched for one in self.folded.pair_ids])
+
+    def _found_by_people(self) -> dict[str, bool]:
+        """By pair, whether people found it to be noise: kept pairs are right, others are not."""
+        standing, _ = read_decisions(self.run.path)
+        return {pair_id: one.decision != "keep" for pair_id, one in standing.items()}
 
     # --- stages
 
@@ -452,6 +465,7 @@ class _Audit:
     def _score(self) -> tuple[dict[str, int], dict[str, Any]]:
         import torch
 
+        from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
         from nc_audit.score import judge, look_around
 
@@ -470,6 +484,21 @@ class _Audit:
                 seed,
                 whole_images=facts["whole_images"],
             )
+            found = self._found_by_people()
+            if found and rate.is_calibrated:
+                place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}
+                known = [
+                    (place[pair_id], noise) for pair_id, noise in sorted(found.items()) if pair_id in place
+                ]
+                before = judged["noise_probability"]
+                judged["noise_probability"] = corrected_by_people(
+                    before,
+                    torch.tensor([at for at, _ in known], dtype=torch.long),
+                    torch.tensor([noise for _, noise in known], dtype=torch.bool),
+                )
+                rate = rate.moved(float((judged["noise_probability"] - before).double().mean()))
+            if self.trusted is not None and rate.is_calibrated:
+                judged["noise_probability"] = judged["noise_probability"].masked_fill(self.trusted, 0.0)
             self.watch.progress("score", 1, 2)
             columns = given | judged | look_around(*vectors, pairs, settings, seed)
         images = _first_names(self.run.table("pairs"), self.folded)

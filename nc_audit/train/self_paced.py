@@ -458,6 +458,8 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         untrained = zero_shot(inputs, swaps)
         first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
+    trusted_N = torch.zeros(len(pairs), dtype=torch.bool) if inputs.trusted_N is None else inputs.trusted_N
+    prior_N[trusted_N] = 1.0
     folds = train_folds(inputs, swaps, prior_N, fold_N, settings, seed, progress)
     held_out = combine_held_out(
         first.evidence, folds.loss, folds.distance, pairs.image_N, swaps.image_N, whole_images, seed
@@ -478,7 +480,7 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         final = train_final(
             inputs,
             sitting_in,
-            (1 - noise.given_N).clamp_min(MIN_WEIGHT) ** power,
+            torch.where(trusted_N, 1.0, (1 - noise.given_N).clamp_min(MIN_WEIGHT) ** power),
             (1 - noise.swaps_S).clamp_min(MIN_WEIGHT) ** power,
             settings,
             seed + 100 + again,
