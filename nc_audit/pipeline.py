@@ -467,7 +467,7 @@ class _Audit:
 
         from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
-        from nc_audit.score import judge, look_around
+        from nc_audit.score import judge, look_around, num_searched
 
         folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
@@ -514,7 +514,7 @@ class _Audit:
             "logit_scale": str(facts["logit_scale"]),
             "encoder": f"{self.encoder_plan.image} + {self.encoder_plan.text}",
             "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
-            "searched": str(min(settings.rank_candidates, max(pairs.num_captions, pairs.num_images))),
+            "searched": str(num_searched(pairs, settings)),
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
         findings, capped = self._findings(table, *vectors)

@@ -27,8 +27,11 @@ from nc_audit.calibrate import (
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import Evidence, carried_over, fused, worth
 from nc_audit.methods.matching import Pairs
-from nc_audit.methods.neighbours import neighbour_distance
+from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
+
+_MOST_COSINES = 10**10  # in a search for ranks and best matches
+_MOST_OWN = 30  # neighbours of the own image that are looked past
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,27 @@ def ask_neighbours(
         return Neighbourhood(nothing, nothing)
     trust = trust_N[order]
     reference_image, reference_caption = image_ID[reference.image_N], caption_CD[reference.caption_N]
+    # What is near depends on the image (or the caption) alone, so each distinct one looks once. More are looked up than
+    # vote, for those of the own image are left out.
+    own = int(torch.bincount(reference.image_N).max())
+    looked_up = settings.neighbours + min(own, _MOST_OWN)
+    near_image = nearest_references(image_ID, reference_image, looked_up)
+    near_caption = nearest_references(caption_CD, reference_caption, looked_up)
 
     def distances(asked: Pairs) -> tuple[Tensor, Tensor]:
         by_image, by_caption = [], []
-        for image, caption in zip(asked.image_N.split(1024), asked.caption_N.split(1024), strict=True):
-            same_image = image[:, None] == reference.image_N[None, :]
-            itself = same_image & (caption[:, None] == reference.caption_N[None, :])
-            query, other = image_ID[image], caption_CD[caption]
+        for image, caption in zip(asked.image_N.split(4096), asked.caption_N.split(4096), strict=True):
             ask = partial(
                 neighbour_distance, num_neighbours=settings.neighbours, sharpness=settings.sharpness
             )
-            excluded = itself if own_captions_vote else same_image
-            by_image.append(ask(query, other, reference_image, reference_caption, trust, excluded))
-            by_caption.append(ask(other, query, reference_caption, reference_image, trust, same_image))
+            cosine, at = near_image[0][image], near_image[1][image]
+            excluded = reference.image_N[at] == image[:, None]
+            if own_captions_vote:
+                excluded &= reference.caption_N[at] == caption[:, None]
+            by_image.append(ask(cosine, at, excluded, caption_CD[caption], reference_caption, trust))
+            cosine, at = near_caption[0][caption], near_caption[1][caption]
+            excluded = reference.image_N[at] == image[:, None]
+            by_caption.append(ask(cosine, at, excluded, image_ID[image], reference_image, trust))
         return torch.cat(by_image), torch.cat(by_caption)
 
     given, swaps = distances(pairs), distances(planted)
@@ -260,6 +271,12 @@ def judge(
     }
 
 
+def num_searched(pairs: Pairs, settings: ScoreSection) -> int:
+    """How many captions and images ranks and best matches search: fewer where very many ask, so that time is linear."""
+    asking = max(pairs.num_images, pairs.num_captions)
+    return min(settings.rank_candidates, asking, max(1_000, _MOST_COSINES // asking))
+
+
 def look_around(
     image_ID: Tensor, caption_CD: Tensor, pairs: Pairs, settings: ScoreSection, seed: int
 ) -> dict[str, Tensor]:
@@ -276,7 +293,7 @@ def look_around(
         Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
     """
     generator = torch.Generator().manual_seed(seed + 300)
-    searched = settings.rank_candidates
+    searched = num_searched(pairs, settings)
     captions = look_up(image_ID, caption_CD, pairs.image_N, pairs.caption_N, searched, generator)
     images = look_up(caption_CD, image_ID, pairs.caption_N, pairs.image_N, searched, generator)
     return {

@@ -16,7 +16,7 @@ from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
-from nc_audit.score import ask_neighbours, judge, look_around, look_up
+from nc_audit.score import ask_neighbours, judge, look_around, look_up, num_searched
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
 from nc_audit.train.self_paced import Trained, train_robustly
@@ -96,6 +96,13 @@ def test_equal_vectors_are_no_better_matches():
     at = torch.arange(200)
     found = look_up(image, caption, at, at, 10_000, generator())
     assert found.rank.tolist() == [1] * 200
+
+
+def test_searches_are_bounded_where_very_many_ask():
+    settings = ScoreSection()  # type: ignore[call-arg]
+    none = torch.zeros(0, dtype=torch.long)
+    sizes = [num_searched(Pairs(none, none, num // 5, num), settings) for num in (300, 10**5, 10**6, 10**8)]
+    assert sizes == [300, 50_000, 10_000, 1_000]
 
 
 # --- neighbours
