@@ -41,6 +41,12 @@ class Pairs:
             num_captions,
         )
 
+    def carrier_of_captions(self) -> Tensor:
+        """An image that carries each caption, the one of the smallest index, shape [C]; -1 where there is none."""
+        first = torch.full((self.num_captions,), self.num_images, dtype=torch.long)
+        first.scatter_reduce_(0, self.caption_N, self.image_N, "amin")
+        return torch.where(first == self.num_images, -1, first)
+
     def select(self, at: Tensor) -> Pairs:
         """Some of the pairs, over the same images and captions."""
         return Pairs(self.image_N[at], self.caption_N[at], self.num_images, self.num_captions)
@@ -154,6 +160,7 @@ def match(
     scale: float,
     candidates: Candidates,
     *asked: tuple[Tensor, Tensor],
+    strays: Tensor | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Matches]:
     """Score pairs of images and captions, given or swapped, against the fixed candidates.
@@ -166,6 +173,9 @@ def match(
         scale: logit scale, a factor.
         candidates: what to score against.
         asked: sets of pairs, each as image and caption indices of shape [N].
+        strays: for the last set, an image of each pair that is a candidate of the caption though it carries it,
+            shape [N]. A swap needs that: the true image of a wrong caption is a candidate like any other, so the
+            image from which a swap took its caption must be one too. Losses and energies count it, entropies do not.
         transform: from inner products to similarities, elementwise, where vectors are no unit vectors.
 
     Returns:
@@ -175,7 +185,7 @@ def match(
     by_caption = _one_side(caption_CD, image_ID[candidates.image_M], candidates.own_image, scale, transform)
     largest_entropy = [math.log(max(2, len(m))) for m in (candidates.caption_M, candidates.image_M)]
     found = []
-    for image_N, caption_N in asked:
+    for number, (image_N, caption_N) in enumerate(asked):
         similarity = torch.cat(
             [
                 torch.linalg.vecdot(image_ID[i], caption_CD[c])
@@ -187,7 +197,17 @@ def match(
         own = scale * similarity
         caption_side = _with_own(by_image, image_N, own, candidates, caption_N, of_captions=True)
         image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)
-        normaliser = (caption_side[0] + image_side[0]) / 2
+        over_images = image_side[0]
+        if strays is not None and number == len(asked) - 1:
+            astray = scale * torch.cat(
+                [
+                    torch.linalg.vecdot(image_ID[i], caption_CD[c])
+                    for i, c in zip(strays.split(65_536), caption_N.split(65_536), strict=True)
+                ]
+            )
+            counted = (candidates.position_of_image_I[strays] >= 0) & (strays != image_N)
+            over_images = torch.where(counted, torch.logaddexp(over_images, astray), over_images)
+        normaliser = (caption_side[0] + over_images) / 2
         found.append(
             Matches(
                 similarity,

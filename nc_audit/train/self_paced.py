@@ -151,7 +151,8 @@ def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
         return None
     image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
     asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
-    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked)
+    strays = inputs.pairs.carrier_of_captions()[swaps.caption_N]
+    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked, strays=strays)
     return Evidence(given.loss, swapped.loss)
 
 
@@ -218,6 +219,7 @@ def train_folds(
     pairs, candidates = inputs.pairs, inputs.candidates
     num_folds = int(fold_N.max()) + 1
     fold_S = fold_N.repeat(len(swaps) // len(pairs))
+    stray_S = pairs.carrier_of_captions()[swaps.caption_N]
     inside = [(fold_N == k).nonzero().squeeze(1) for k in range(num_folds)]
     outside = [(fold_N != k).nonzero().squeeze(1) for k in range(num_folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
@@ -259,7 +261,14 @@ def train_folds(
                     (pairs.image_N[at], pairs.caption_N[at]),
                     (swaps.image_N[also], swaps.caption_N[also]),
                 ]
-                found = match(image, caption, scale, candidates, *asked[: 1 + counts])
+                found = match(
+                    image,
+                    caption,
+                    scale,
+                    candidates,
+                    *asked[: 1 + counts],
+                    strays=stray_S[also] if counts else None,
+                )
                 loss_N[at] = found[0].loss
                 if counts:
                     given_sum.add_(at, found[0])
@@ -344,6 +353,7 @@ def train_final(
     weights = weights / weights.mean().clamp_min(1e-9)
     plan = Plan.of(len(together), settings)
     loss, distance = torch.zeros(len(together)), torch.zeros(len(together))
+    stray_P = pairs.carrier_of_captions()[planted.caption_N]
     counted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -352,9 +362,11 @@ def train_final(
         for epoch in range(1, plan.epochs + 1):
             trainer.run_epoch(partial(weighted, trainer, weights))
             if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
-                found = trainer.matches()
-                loss += found.loss
-                distance -= found.similarity
+                vectors, scale = trainer.embed(), heads.scale().item()
+                asked = [(one.image_N, one.caption_N) for one in (pairs, planted)]
+                of_given, of_planted = match(*vectors, scale, inputs.candidates, *asked, strays=stray_P)
+                loss += torch.cat([of_given.loss, of_planted.loss])
+                distance -= torch.cat([of_given.similarity, of_planted.similarity])
                 counted += 1
             progress("train on everything", epoch, plan.epochs)
     heads.eval()

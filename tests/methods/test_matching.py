@@ -207,3 +207,39 @@ def test_selected_pairs_keep_the_same_images_and_captions():
     some = pairs.select(torch.tensor([2, 0]))
     assert (some.image_N.tolist(), some.caption_N.tolist()) == ([2, 0], [5, 3])
     assert (len(some), some.num_images, some.num_captions) == (2, 3, 6)
+
+
+@given(strategies.pair_indices(), strategies.seeds, st.integers(1, 20))
+def test_the_image_a_swap_took_its_caption_from_is_a_candidate(indices, seed, num):
+    pairs = Pairs(*indices)
+    image, caption = unit_vectors(pairs.num_images, 4, seed), unit_vectors(pairs.num_captions, 4, seed + 1)
+    candidates = Candidates.draw(pairs, num, generator(seed))
+    given_pairs = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
+    carrier = pairs.carrier_of_captions()
+    for c in range(pairs.num_captions):
+        carriers = [i for i, other in given_pairs if other == c]
+        assert carrier[c] == (min(carriers) if carriers else -1)
+    asked = [
+        (i, c)
+        for i in range(pairs.num_images)
+        for c in set(pairs.caption_N.tolist())
+        if (i, c) not in given_pairs
+    ]
+    if not asked:
+        return
+    i, c = (torch.tensor(one) for one in zip(*asked, strict=True))
+    own = (pairs.image_N, pairs.caption_N)
+    before = matching.match(image, caption, 10.0, candidates, own, (i, c))
+    after = matching.match(image, caption, 10.0, candidates, own, (i, c), strays=carrier[c])
+    assert torch.equal(after[0].loss, before[0].loss), "other sets stay as they are"
+    for at, (this, words) in enumerate(asked):
+        stray = int(carrier[words])
+        rivals = [
+            k
+            for k in candidates.image_M.tolist()
+            if k != this and (k == stray or (k, words) not in given_pairs)
+        ]
+        logits = [10.0 * float(image[k] @ caption[words]) for k in [this, *rivals]]
+        without = [10.0 * float(image[k] @ caption[words]) for k in [this, *rivals] if k != stray]
+        gain = (oracles.log_sum_exp(logits) - oracles.log_sum_exp(without)) / 2
+        assert float(after[1].loss[at] - before[1].loss[at]) == pytest.approx(gain, abs=1e-9)
