@@ -176,7 +176,7 @@ def histogram(
     below = np.zeros(bins)
     for tag, one in counts.items():
         if stacked:
-            for index in np.flatnonzero(one):
+            for index in np.flatnonzero(one).tolist():
                 base = float(below[index])
                 frame.rect(edges[index], edges[index + 1], base, base + float(one[index]), f"fill {tag}")
             below += one
