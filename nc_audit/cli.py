@@ -238,7 +238,10 @@ def score(
 @command("report")
 def report(
     run: RunOption = None,
-    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many pairs, worst first.")] = 20,
+    top: Annotated[
+        int | None,
+        typer.Option("--top", metavar="N", min=1, help="How many pairs, worst first; 20, in html 500."),
+    ] = None,
     tag: Annotated[
         str | None, typer.Option("--tag", metavar="TAGS", help="Only these tags, comma separated.")
     ] = None,
@@ -246,30 +249,51 @@ def report(
         str, typer.Option("--sort", metavar="COLUMN", help="Column of scores.parquet to sort by.")
     ] = "noise_probability",
     format: Annotated[
-        str, typer.Option("--format", metavar="table|json|csv|md", help="How to print the pairs.")
+        str, typer.Option("--format", metavar="table|json|csv|md|html", help="How to show the pairs.")
     ] = "table",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write to a file instead of stdout.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Write to a file instead of stdout; html: report/ of the run."
+        ),
     ] = None,
+    thumbnails: Annotated[
+        bool,
+        typer.Option("--thumbnails", help="Small pictures: in the terminal; in html as files in a folder."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show the worst pairs with their captions, probabilities, tags and reasons.
 
-    Example: nc-audit report --top 200 --tag noisy
+    Example: nc-audit report --format html --top 500 --tag noisy
     """
     from nc_audit import console
     from nc_audit.errors import nearest
     from nc_audit.report import report_rows, summary, to_csv, to_json, to_markdown
 
     form = "json" if json else format
-    formats = ["table", "json", "csv", "md"]
+    formats = ["table", "json", "csv", "md", "html"]
     if form not in formats:
         raise DatasetError(f"unknown report format {form!r}", nearest(form, formats))
     opened = _open(run)
-    rows = report_rows(opened, top=top, tags=_listed(tag), sort=sort)
+    rows = report_rows(opened, top=top or (500 if form == "html" else 20), tags=_listed(tag), sort=sort)
     counts = summary(opened)
+    if thumbnails and form not in ("table", "html"):
+        raise DatasetError(f"--thumbnails does not go with --format {form}", "use --format html, or none")
+    if form == "html":
+        from nc_audit.pipeline import open_images
+        from nc_audit.report.html import html_report, write_page
+
+        page = html_report(opened, rows, open_images(opened), as_files=thumbnails, sort=sort)
+        console.print_data(str(write_page(page, opened, out)))
+        return
     if form == "table" and out is None:
-        console.show_rows(rows, counts)
+        if thumbnails:
+            from nc_audit.pipeline import open_images
+
+            console.show_thumbnails(rows, open_images(opened))
+        else:
+            console.show_rows(rows, counts)
         return
     if form == "table":
         raise DatasetError("a table goes to the terminal only", "add --format json, csv or md to --out")

@@ -20,6 +20,7 @@ from rich.text import Text
 from nc_audit.errors import AuditError, RecipeError
 
 if TYPE_CHECKING:
+    from nc_audit.dataset.images import ImageStore
     from nc_audit.diff import Difference, Verdict
     from nc_audit.export import ExportResult
     from nc_audit.gate import Check
@@ -212,6 +213,36 @@ def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> None:
     console.print(table)
     tags = ", ".join(f"{count:,} {tag}" for tag, count in summary["tags"].items())
     err.print(Text(f"{len(rows):,} of {summary['pairs']:,} distinct pairs shown; rows by tag: {tags}", "dim"))
+
+
+def show_thumbnails(rows: Sequence[ReportRow], images: ImageStore) -> None:
+    """Each pair as a picture of half blocks with its words below, to stdout; the words alone without colours."""
+    from nc_audit.errors import DatasetError
+    from nc_audit.report.text import plain
+    from nc_audit.report.thumbnails import half_blocks
+
+    console = out()
+    for row in rows:
+        p = "" if row.noise_probability is None else f" p {row.noise_probability:.2f}"
+        tag = row.tag or "-"
+        console.print(
+            Text(tag, _TAG_STYLES.get(tag, "")) + Text(f"{p} row {row.row} {plain(row.image or '')}")
+        )
+        if row.image_uri and console.color_system and not console.no_color:
+            try:
+                cells = half_blocks(images.read(row.image_uri), min(24, console.width))
+            except (DatasetError, OSError) as problem:
+                console.print(Text(f"no picture: {plain(str(problem))}", "dim"))
+            else:
+                for line in cells:
+                    shown = Text(no_wrap=True)
+                    for upper, lower in line:
+                        shown.append("\u2580", f"{upper} on {lower}")
+                    console.print(shown)
+        console.print(Text(plain(row.caption or "")))
+        for reason in row.reasons:
+            console.print(Text(f"- {plain(reason)}", "dim"))
+        console.print()
 
 
 def show_export(result: ExportResult) -> None:

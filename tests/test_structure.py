@@ -25,7 +25,7 @@ ALSO = {
     "calibrate": set(),
     "tag": set(),
     "dataset": set(),
-    "report": set(),
+    "report": {"nc_audit.dataset.images"},
     "export": {
         "nc_audit.report",
         "nc_audit.report.text",
