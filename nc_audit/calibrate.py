@@ -24,7 +24,11 @@ WEAK_AUROC = 0.85
 IMAGE_MODE_CORRELATION = 0.5
 IMAGE_MODE_MIN_RATE = 0.03
 RATE_TAILS = tuple(round(0.10 + 0.05 * step, 2) for step in range(17))
-_LEAK_POWERS = (3, 6)
+_LEAK_POWERS = (
+    (6, 0.0),
+    (3, 4.0),
+    (1.5, 8.0),
+)  # with what each must fit better by than the one before, chi-square
 _CLUSTERING = 1.25
 
 
@@ -168,7 +172,8 @@ def pure_rate(point_Q: Tensor, draw_BQ: Tensor) -> Tensor:
 
     A tail that holds the share q of the swaps estimates r + c(q), the second term being the clean pairs in it, which
     dies off towards narrow tails. Fitting r + a q^k over all tails, a >= 0, uses the wide tails, which vary least,
-    without their bias. Two powers k are fitted by generalised least squares and averaged by likelihood.
+    without their bias. Powers k are fitted by generalised least squares and averaged by likelihood; good evidence dies
+    off steeply, so lower powers must fit clearly better to count.
 
     Args:
         point_Q: estimate by each of `RATE_TAILS`, shape [Q].
@@ -195,11 +200,11 @@ def pure_rate(point_Q: Tensor, draw_BQ: Tensor) -> Tensor:
     flat = torch.ones_like(tail_Q)[:, None]
     level, misfit = fit(flat)
     rates, misfits = [], []
-    for power in _LEAK_POWERS:
+    for power, penalty in _LEAK_POWERS:
         leaking, other = fit(torch.cat([flat, tail_Q[:, None] ** power], 1))
         impossible = leaking[:, 1] < 0
         rates.append(torch.where(impossible, level[:, 0], leaking[:, 0]))
-        misfits.append(torch.where(impossible, misfit, other)[0])
+        misfits.append(torch.where(impossible, misfit, other)[0] + penalty)
     weight = torch.softmax(-torch.stack(misfits) / 2, 0)
     return (weight[:, None] * torch.stack(rates)).sum(0).clamp(0.0, 1.0)
 
