@@ -145,7 +145,8 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
     for line in rate_lines(summary):
         console.print(Text(line))
     for found in summary["findings"]:
-        console.print(Text(f"found: {found['count']:,} rows  {found['kind']}: {found['detail']}"))
+        rows = "1 row" if found["count"] == 1 else f"{found['count']:,} rows"
+        console.print(Text(f"found: {rows}  {found['kind']}: {found['detail']}"))
     seconds = summary["seconds"]
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
