@@ -10,6 +10,7 @@ is read only when its real path, symbolic links followed, lies below one of them
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import os
 import re
@@ -17,10 +18,11 @@ import stat
 import threading
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -42,6 +44,7 @@ _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:(?=[/\\])", re.IGNORECASE)
 _EMBEDDED = re.compile(r"(.+\.(?:parquet|pq))#(\d+)(?::(.+))?", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(r"(.+?\.(?:tar|tar\.gz|tgz))#(\d{1,18})\+(\d{1,18}):(.*)", re.IGNORECASE | re.DOTALL)
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -456,6 +459,16 @@ def _read_file(path: str) -> bytes:
         return file.read()
 
 
+def open_stream(path: str) -> IO[bytes]:
+    """A file's bytes as a stream one can seek in, decompressed where they are gzip's."""
+    file = Path(path).open("rb")  # noqa: SIM115
+    if file.read(2) == b"\x1f\x8b":
+        file.close()
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    file.seek(0)
+    return file
+
+
 def embedded_columns(schema: pa.Schema) -> list[str]:
     """Columns of a Parquet file that can hold images: structs with `bytes`, and binary columns, likely ones first."""
     columns = []
@@ -486,13 +499,15 @@ class ImageStore:
     """Reads the bytes of images by `image_uri`, only below the named roots; safe to share between threads.
 
     A URI is the root's name, a colon and the path below it; for an image inside a Parquet file followed by `#row`
-    (and `:column` where the file holds several image columns). The row group of the last such image stays in
+    (and `:column` where the file holds several image columns), inside a tar shard by
+    `#offset+size:member`. The row group of the last such image stays in
     memory, unless it is larger than 256 MB: then rows are streamed. Read embedded images in `reading_order`.
     """
 
     def __init__(self, roots: Mapping[str, str | Path]) -> None:
         self.roots = {name: str(Path(folder).resolve()) for name, folder in roots.items()}
         self._lock = threading.Lock()
+        self._shard: tuple[str, gzip.GzipFile] | None = None
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._rows: tuple[tuple[str, str], int, pa.Array] | None = None
         self._stream: tuple[tuple[str, str, int], int, Iterator[pa.RecordBatch]] | None = None
@@ -507,6 +522,10 @@ class ImageStore:
         Raises:
             DatasetError: the URI is malformed, leads outside the roots, or its file or row cannot be read.
         """
+        member = _MEMBER.fullmatch(uri)
+        if member:
+            with self._lock:
+                return self._read_member(self.path_of(member[1]), int(member[2]), int(member[3]), uri)
         embedded = _EMBEDDED.fullmatch(uri)
         if embedded:
             path, row, column = self.path_of(embedded[1]), int(embedded[2]), embedded[3]
@@ -547,10 +566,38 @@ class ImageStore:
         """Positions of the URIs in the order that reads every file, and every row group, once from its start."""
 
         def place(at: int) -> tuple[str, int]:
+            member = _MEMBER.fullmatch(uris[at])
+            if member:
+                return member[1], int(member[2])
             embedded = _EMBEDDED.fullmatch(uris[at])
             return (embedded[1], int(embedded[2])) if embedded else (uris[at], -1)
 
         return sorted(range(len(uris)), key=place)
+
+    def _read_member(self, path: str, offset: int, size: int, uri: str) -> bytes:
+        """Bytes of a shard; a compressed one stays open, so that it is decompressed once when read in order."""
+        if size > MAX_BYTES:
+            raise DatasetError(f"{uri} has {size:,} bytes, more than {MAX_BYTES:,}", "replace the shard")
+        try:
+            if self._shard is not None and self._shard[0] != path:
+                self._shard[1].close()
+                self._shard = None
+            file = self._shard[1] if self._shard is not None else open_stream(path)
+            try:
+                file.seek(offset)
+                data = file.read(size)
+            finally:
+                if isinstance(file, gzip.GzipFile):
+                    self._shard = (path, file)
+                else:
+                    file.close()
+        except (OSError, EOFError, zlib.error, ValueError) as problem:
+            raise DatasetError(
+                f"{uri} cannot be read: {_one_line(problem)}", "load the dataset again"
+            ) from problem
+        if len(data) < size:
+            raise DatasetError(f"{uri} is beyond the end of its shard", "load the dataset again")
+        return data
 
     def _read_row(self, path: str, row: int, column: str | None, uri: str) -> bytes:
         file = self._opened(path)

@@ -4,7 +4,8 @@ A folder is searched by evidence, the first kind that is there wins, and what wa
 
 1. `metadata.csv|jsonl|parquet` in the folder or its subfolders (ImageFolder);
 2. a Karpathy json; 3. a COCO captions json;
-4. Parquet files; 5. any other csv, tsv, json lines or json table with an image and a caption column.
+4. webdataset shards (tar); 5. Parquet files;
+6. any other csv, tsv, json lines or json table with an image and a caption column.
 
 The folder itself is searched before its subfolders, and those before theirs. Files whose names differ only by the
 split (`captions_train2014.json`, `captions_val2014.json`) belong together; of two unrelated files of one kind
@@ -23,22 +24,23 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset import captions_json, tables
+from nc_audit.dataset import captions_json, shards, tables
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
 from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
 from nc_audit.errors import DatasetError
 
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 _JSON_LINES = (".jsonl", ".ndjson")
-_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS)
+_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS, *shards.SHARD_ENDINGS)
 _UNDERSTOOD = (
     "understood: a Karpathy or COCO captions json, metadata.csv|jsonl|parquet beside images, a csv, tsv, jsonl or "
-    "json table with an image and a caption column, Parquet with images or paths"
+    "json table with an image and a caption column, Parquet with images or paths, webdataset tar shards"
 )
 _KINDS = {
     "metadata": "ImageFolder metadata",
     "karpathy": "a Karpathy json",
     "coco": "a COCO captions json",
+    "webdataset": "a webdataset",
     "parquet": "Parquet",
     "table": "a table",
 }
@@ -125,6 +127,8 @@ def read_file(
             return tables.read_mapping(file.value, file.source, file.split)
         case "json lines":
             return tables.read_json_lines(file.path, file.source, file.split, options, notes, prefer)
+        case "tar":
+            return shards.read_shard(file.path, file.source, file.split, options, notes, is_inside)
         case "parquet":
             return tables.read_parquet(
                 file.path, file.source, file.split, options, notes, prefer, is_inside, on_rows
@@ -244,6 +248,9 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
     """
     ending, notes = path.suffix.lower(), list[str]()
     split, kind = split_named_by(source), "metadata" if path.stem.lower() == "metadata" else "table"
+    if path.name.lower().endswith(shards.SHARD_ENDINGS):
+        is_fit = shards.is_shard(path)
+        return DatasetFile(path, source, "webdataset", "tar", split) if is_fit else None
     with path.open("rb") as handle:
         start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     if ending in PARQUET_ENDINGS or start.startswith(b"PAR1"):
@@ -326,7 +333,7 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
     families: dict[Any, list[DatasetFile]] = {}
     for file in files:
         families.setdefault(
-            frozenset(file.columns) if kind == "parquet" else family_of(file.source), []
+            frozenset(file.columns) if kind in ("parquet", "webdataset") else family_of(file.source), []
         ).append(file)
     if len(families) > 1:
         names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")
@@ -337,7 +344,9 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
             candidates=[file.source for file in files],
         )
     notes = []
-    ignored = [file.source for file in found if file.kind != kind]
+    # A table beside a shard of the same name is img2dataset's, and read with the shard.
+    beside = {file.path.with_suffix(".parquet") for file in files if kind == "webdataset"}
+    ignored = [file.source for file in found if file.kind != kind and file.path not in beside]
     if ignored:
         notes.append(f"{_KINDS[kind]} goes before other files, so {_listed(ignored)} was not read")
     if others:
@@ -355,6 +364,8 @@ def _planned(root: Path, files: list[DatasetFile], notes: list[str]) -> Plan:
             layout = f"Karpathy json {names} beside its images"
         case "coco":
             layout = f"COCO captions json {names} beside its images"
+        case "webdataset":
+            layout = f"webdataset {names}"
         case "parquet":
             layout = f"Parquet {names}"
         case _ if file.form == "mapping":
