@@ -174,7 +174,7 @@ def _members(file: IO[bytes], problems: list[str]) -> Iterator[tarfile.TarInfo]:
                 if info.size < 0:
                     problems.append(f"member {info.name} states a size of {info.size:,} bytes")
                     return
-                tar.members = []  # tarfile remembers every one
+                tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every one
                 yield info
             file.seek(tar.offset)
             rest = file.read(tarfile.BLOCKSIZE)
