@@ -6,7 +6,7 @@ Shapes: N = pairs; S = swaps; I = images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from nc_audit.methods.known_swaps import (
     swaps_auroc,
     tail_shares,
 )
-from nc_audit.methods.matching import Pairs
 
 WEAK_AUROC = 0.85
 IMAGE_MODE_CORRELATION = 0.5
 IMAGE_MODE_MIN_RATE = 0.03
+RATE_TAILS = tuple(round(0.10 + 0.05 * step, 2) for step in range(17))
+_LEAK_POWERS = (3, 6)
+_CLUSTERING = 1.25
 
 
 def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
@@ -57,6 +59,13 @@ class NoiseRate:
     is_blind: bool
     is_calibrated: bool = True
 
+    def moved(self, by: float) -> NoiseRate:
+        """The rate and its interval moved, within 0..1; a blind one stays."""
+        if self.is_blind:
+            return self
+        estimate, low, high = (min(1.0, max(0.0, one + by)) for one in (self.estimate, self.low, self.high))
+        return replace(self, estimate=estimate, low=low, high=high)
+
     @property
     def is_weak(self) -> bool:
         """Whether the expected AUROC is below what a user should rely on; unknown, so False, without calibration."""
@@ -71,9 +80,19 @@ class NoiseRate:
 
 
 def noise_rate(
-    evidence: Evidence, image_N: Tensor, image_S: Tensor, seed: int, level: float = 0.9, num_draws: int = 400
+    evidence: Evidence,
+    image_N: Tensor,
+    image_S: Tensor,
+    seed: int,
+    level: float = 0.9,
+    num_draws: int = 400,
+    *,
+    also: tuple[Evidence, Tensor] | None = None,
 ) -> NoiseRate:
     """Noise rate with a bootstrap interval over images.
+
+    Every upper tail of the swaps' scores gives an estimate: the given pairs' share of it by the swaps'. Wide tails
+    vary less, but clean pairs reach into them; `pure_rate` fits both at once.
 
     Args:
         evidence: one quantity on given pairs and swaps, higher = noisier.
@@ -82,33 +101,40 @@ def noise_rate(
         seed: of the bootstrap.
         level: coverage of the interval.
         num_draws: bootstrap draws.
+        also: a second look at the same pairs with swaps of its own, and their images. The estimates are averaged,
+            and where they differ the interval is wider.
 
     Returns:
-        The estimate and its interval; the interval speaks of sampling, not of errors harder than random swaps.
+        The estimate and its interval; the interval speaks of sampling and of differing looks, not of errors harder
+        than random swaps.
     """
-    estimate = evidence.rate()
-    given_NQ = tail_shares(evidence.given_N, evidence.swaps_S)
-    swaps_SQ = tail_shares(evidence.swaps_S, evidence.swaps_S)
-    num_images = int(max(image_N.max(), image_S.max())) + 1
-    given_IQ = torch.zeros(num_images, given_NQ.shape[1] + 1, dtype=torch.float64)
-    swaps_IQ = torch.zeros_like(given_IQ)
-    given_IQ.index_add_(0, image_N, torch.cat([given_NQ, torch.ones(len(given_NQ), 1)], 1).double())
-    swaps_IQ.index_add_(0, image_S, torch.cat([swaps_SQ, torch.ones(len(swaps_SQ), 1)], 1).double())
-    present = given_IQ[:, -1] > 0
-    given_IQ, swaps_IQ = given_IQ[present], swaps_IQ[present]
+    looks = [(evidence, image_S)] + ([also] if also is not None else [])
+    sums = [_tail_sums(one, image_N, images) for one, images in looks]
+    times_I = torch.ones(len(sums[0][0]), dtype=torch.float64)
+    points = [_tail_rates(given, swaps, times_I) for given, swaps in sums]
     generator = torch.Generator().manual_seed(seed)
-    draws = []
+    drawn: list[list[Tensor]] = [[] for _ in looks]
+    present = (sums[0][0][:, -1] > 0).nonzero().squeeze(1)
     for _ in range(num_draws):
-        times = torch.bincount(
-            torch.randint(len(given_IQ), (len(given_IQ),), generator=generator), minlength=len(given_IQ)
-        ).double()
-        given, swaps = times @ given_IQ, times @ swaps_IQ
-        share = (given[:-1] / given[-1]) / (swaps[:-1] / swaps[-1].clamp_min(1)).clamp_min(1 / len(swaps_SQ))
-        draws.append(share.mean().clamp(0.0, 1.0))
-    bounds = torch.stack(draws).quantile(
-        torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        at = present[torch.randint(len(present), (len(present),), generator=generator)]
+        times_I = torch.bincount(at, minlength=len(sums[0][0])).double()
+        for one, (given, swaps) in zip(drawn, sums, strict=True):
+            one.append(_tail_rates(given, swaps, times_I))
+    estimates, draws = [], []
+    for point_Q, some in zip(points, drawn, strict=True):
+        found = pure_rate(point_Q, torch.stack(some))
+        estimates.append(float(found[0]))
+        draws.append(found[1:])
+    estimate = sum(estimates) / len(estimates)
+    bounds = (
+        torch.stack(draws)
+        .mean(0)
+        .quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     )
-    low, high = min(float(bounds[0]), estimate), max(float(bounds[1]), estimate)
+    apart = (max(estimates) - min(estimates)) / 2
+    # Captions recur over images, and looks differ: a bootstrap over images sees neither.
+    low = max(0.0, estimate - math.hypot(_CLUSTERING * max(0.0, estimate - float(bounds[0])), apart))
+    high = min(1.0, estimate + math.hypot(_CLUSTERING * max(0.0, float(bounds[1]) - estimate), apart))
     num_given, num_swaps = len(evidence.given_N), len(evidence.swaps_S)
     chance_spread = math.sqrt((num_given + num_swaps + 1) / (12 * num_given * num_swaps))
     separation = swaps_auroc(evidence.given_N, evidence.swaps_S)
@@ -116,6 +142,110 @@ def noise_rate(
     if is_blind:
         low, high = 0.0, 1.0
     return NoiseRate(estimate, low, high, level, expected_auroc(separation, estimate), is_blind)
+
+
+def _tail_sums(evidence: Evidence, image_N: Tensor, image_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Per image, how many given pairs and how many swaps lie in each tail, and how many there are: [I, Q + 1]."""
+    num_images = int(image_N.max()) + 1
+    sums = []
+    for score, image in ((evidence.given_N, image_N), (evidence.swaps_S, image_S)):
+        inside = tail_shares(score, evidence.swaps_S, RATE_TAILS)
+        counted = torch.cat([inside, torch.ones(len(inside), 1, dtype=inside.dtype)], 1)
+        total = torch.zeros(num_images, counted.shape[1], dtype=torch.float64)
+        sums.append(total.index_add_(0, image, counted))
+    return sums[0], sums[1]
+
+
+def _tail_rates(given_IQ: Tensor, swaps_IQ: Tensor, times_I: Tensor) -> Tensor:
+    """Noise rate by each tail, shape [Q], with every image counted `times_I`."""
+    given, swaps = times_I @ given_IQ, times_I @ swaps_IQ
+    floor = 1 / float(swaps_IQ[:, -1].sum().clamp_min(1))
+    return (given[:-1] / given[-1]) / (swaps[:-1] / swaps[-1].clamp_min(1)).clamp_min(floor)
+
+
+def pure_rate(point_Q: Tensor, draw_BQ: Tensor) -> Tensor:
+    """Noise rate free of the clean pairs that reach into the tails.
+
+    A tail that holds the share q of the swaps estimates r + c(q), the second term being the clean pairs in it, which
+    dies off towards narrow tails. Fitting r + a q^k over all tails, a >= 0, uses the wide tails, which vary least,
+    without their bias. Two powers k are fitted by generalised least squares and averaged by likelihood.
+
+    Args:
+        point_Q: estimate by each of `RATE_TAILS`, shape [Q].
+        draw_BQ: the same in bootstrap draws, shape [B, Q]; their covariance weighs the tails.
+
+    Returns:
+        The rate, 0..1, of the point and of each draw by the same fit, shape [1 + B].
+    """
+    tail_Q = torch.tensor(RATE_TAILS, dtype=torch.float64)
+    covariance = torch.cov(draw_BQ.T)
+    variance = covariance.diagonal()
+    # Half way to its diagonal: a covariance of nearly equal tails, inverted as it stands, weighs their differences.
+    covariance = (covariance + torch.diag(variance)) / 2
+    covariance = covariance + (1e-6 + 1e-3 * variance.mean()) * torch.eye(len(tail_Q), dtype=torch.float64)
+    precision = torch.linalg.inv(covariance)
+    estimates = torch.cat([point_Q[None], draw_BQ])
+
+    def fit(design_QK: Tensor) -> tuple[Tensor, Tensor]:
+        solve = torch.linalg.solve(design_QK.T @ precision @ design_QK, design_QK.T @ precision)
+        coefficients = estimates @ solve.T
+        residual = estimates - coefficients @ design_QK.T
+        return coefficients, ((residual @ precision) * residual).sum(1)
+
+    flat = torch.ones_like(tail_Q)[:, None]
+    level, misfit = fit(flat)
+    rates, misfits = [], []
+    for power in _LEAK_POWERS:
+        leaking, other = fit(torch.cat([flat, tail_Q[:, None] ** power], 1))
+        impossible = leaking[:, 1] < 0
+        rates.append(torch.where(impossible, level[:, 0], leaking[:, 0]))
+        misfits.append(torch.where(impossible, misfit, other)[0])
+    weight = torch.softmax(-torch.stack(misfits) / 2, 0)
+    return (weight[:, None] * torch.stack(rates)).sum(0).clamp(0.0, 1.0)
+
+
+def corrected_by_people(probability_N: Tensor, known_K: Tensor, is_noise_K: Tensor) -> Tensor:
+    """Probabilities bent to what people found: logit p becomes a + b logit p, fitted on the pairs they decided.
+
+    Which pairs were looked at may depend on the probability (the worst first, say), not on the outcome: pairs that
+    are only known because they are right must not be among them. A normal prior around no change (deviation .5 for
+    a, .25 for b) keeps a handful of decisions from turning the scale.
+
+    Args:
+        probability_N: noise probability of every pair, shape [N], 0..1.
+        known_K: indices of the decided pairs, shape [K].
+        is_noise_K: whether they were found to be noise, bool, shape [K].
+
+    Returns:
+        Shape [N], 0..1; 0 and 1 stay what they are, and order is kept.
+    """
+    if not len(known_K):
+        return probability_N
+    logit_N = probability_N.double().clamp(1e-4, 1 - 1e-4).logit()
+    x, y = logit_N[known_K], is_noise_K.double()
+    prior_mean = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    precision = torch.tensor([4.0, 16.0], dtype=torch.float64)
+    design = torch.stack([torch.ones_like(x), x], 1)
+    coefficients = prior_mean.clone()
+
+    def cost(value: Tensor) -> Tensor:
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(design @ value, y, reduction="sum")
+        return fit + (precision * (value - prior_mean).square()).sum() / 2
+
+    for _ in range(50):
+        found = torch.sigmoid(design @ coefficients)
+        gradient = design.T @ (found - y) + precision * (coefficients - prior_mean)
+        curvature = (design * (found * (1 - found))[:, None]).T @ design + torch.diag(precision)
+        step = torch.linalg.solve(curvature, gradient)
+        while cost(coefficients - step) > cost(coefficients) and step.abs().max() > 1e-12:
+            step = step / 2
+        coefficients = coefficients - step
+        if step.abs().max() < 1e-9:
+            break
+    slope = coefficients[1].clamp_min(0.05)
+    bent = torch.sigmoid(coefficients[0] + slope * logit_N).to(probability_N.dtype)
+    certain = (probability_N <= 0) | (probability_N >= 1)
+    return torch.where(certain, probability_N, bent)
 
 
 def rate_of_probabilities(
@@ -156,26 +286,34 @@ class HeldOut:
     posterior: Evidence
 
 
+def by_image(evidence: Evidence, image_N: Tensor, image_S: Tensor) -> Evidence:
+    """Each pair speaks for its image: evidence averaged over the image's pairs, on given pairs and swaps alike.
+
+    The swaps must be of whole images: those of equal `image_S` stand or fall together.
+    """
+    return Evidence(
+        image_mean(evidence.given_N, image_N), image_mean(evidence.swaps_S, image_S)
+    ).standardised()
+
+
 def combine_held_out(
     first: Evidence,
     loss: Evidence,
     distance: Evidence,
-    pairs: Pairs,
-    swap_image_S: Tensor,
+    image_N: Tensor,
+    image_S: Tensor,
     whole_images: bool,
     seed: int,
 ) -> HeldOut:
-    """Fuse the first look with the held-out loss and distance.
+    """Fuse the first look with the held-out loss and distance; by image when noise strikes whole images.
 
-    When noise strikes whole images, each pair speaks for its image: the evidence is averaged over the image's
-    pairs, on given pairs and on swaps alike.
+    The swaps are whole sets, one behind the other, each with a swap for every given pair.
     """
     evidence = fused(first, loss, distance)
     if whole_images:
-        evidence = Evidence(
-            image_mean(evidence.given_N, pairs.image_N), image_mean(evidence.swaps_S, swap_image_S)
-        ).standardised()
-    rate = noise_rate(evidence, pairs.image_N, swap_image_S, seed)
+        which_set = torch.arange(len(image_S)) // len(image_N)
+        evidence = by_image(evidence, image_N, image_S + which_set * (int(image_N.max()) + 1))
+    rate = noise_rate(evidence, image_N, image_S, seed)
     return HeldOut(evidence, rate, calibrated(evidence, rate))
 
 

@@ -77,7 +77,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
 ]
 
-EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 70, 130
+EXIT_GATE, EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 2, 70, 130
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -90,6 +90,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
             try:
                 function(*args, **kwargs)
+            except typer.Exit:
+                raise
             except AuditError as problem:
                 console.show_error(problem)
                 raise typer.Exit(EXIT_FIXABLE) from None
@@ -298,41 +300,51 @@ def export(
     rematch: Annotated[
         bool,
         typer.Option(
-            "--rematch", help="Give noisy pairs the caption that fits better; each change is listed."
+            "--rematch", help="Give pairs the caption that surely fits, where one was found; each is listed."
         ),
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", metavar="parquet", help="Format of the export.")
-    ] = "parquet",
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="parquet (default), imagefolder, webdataset, coco, karpathy, csv, jsonl, datacomp or hf.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; RUN/export when not given.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is no export of ours.")
+        bool, typer.Option("--overwrite", "--force", help="Replace a folder that is no export of ours.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write the dataset without the tags you drop, or with a weight for each pair.
 
-    Example: nc-audit export --drop noisy
+    What people decided in review counts more than tags.
+
+    Example: nc-audit export --drop noisy --format webdataset --out cleaned
     """
     from nc_audit import console
-    from nc_audit.export import export_run
+    from nc_audit.export import export_run, recipe_defaults
     from nc_audit.pipeline import open_images
 
     opened = _open(run)
+    defaults = recipe_defaults(opened)
     with console.Watch(quiet=json) as watch:
         result = export_run(
             opened,
             out or opened.path / "export",
-            format=format,
-            drop=_listed(drop) or [],
-            reweight=reweight,
+            format=format or defaults.format,
+            drop=defaults.drop if drop is None else _listed(drop) or [],
+            reweight=reweight or defaults.reweight,
             rematch=rematch,
             overwrite=overwrite,
             read_image=open_images(opened).read,
             progress=lambda done, total: watch.progress("export", done, total),
         )
+        for note in result.notes:
+            watch.warn(note)
     if json:
         console.print_json(
             {
@@ -342,6 +354,7 @@ def export(
                 "dropped": result.dropped,
                 "rematched": result.num_rematched,
                 "files": result.files,
+                "notes": result.notes,
             }
         )
     else:
@@ -396,6 +409,153 @@ def tag(
         console.print_json({"run": str(opened.path), **summary})
     else:
         console.show_summary(summary, str(opened.path), is_default=run is None)
+
+
+@command("review")
+def review(
+    run: RunOption = None,
+    reviewer: Annotated[
+        str | None,
+        typer.Option(
+            "--reviewer", metavar="NAME", help="Who decides; the name of the account when not given."
+        ),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAGS", help="Only these tags, e.g. noisy,ambiguous.")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=1, help="Pairs drawn at random, tags hidden, to measure the tags."
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")
+    ] = False,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Print what the random sample says, and who decided what; then stop."),
+    ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write the decisions to a file; then stop."),
+    ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Take decisions from a csv or jsonl file; then stop."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="csv|jsonl|labelstudio|argilla",
+            help="Of --export; by its ending when not given.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Let people keep, drop or correct pairs in a local web page; what they decide wins over the tags.
+
+    Example: nc-audit review --tag noisy,ambiguous
+    """
+    from nc_audit import console
+    from nc_audit.pipeline import open_images
+    from nc_audit.review import (
+        Review,
+        ReviewServer,
+        export_decisions,
+        import_decisions,
+        review_facts,
+    )
+
+    if sum((stats, export is not None, import_ is not None)) > 1:
+        raise DatasetError("--stats, --export and --import each stop when done", "give one of them")
+    if format is not None and export is None:
+        raise DatasetError(
+            "--format goes with --export", "for example --export tasks.json --format labelstudio"
+        )
+    if tag is not None and sample is not None:
+        raise DatasetError("--sample draws from all pairs", "give it without --tag")
+    opened = _open(run)
+    name = reviewer or _account()
+    if export is not None:
+        count = export_decisions(opened, export, form=format, tags=_listed(tag))
+        facts: dict[str, Any] = {"out": str(export), "entries": count}
+        console.print_json(facts) if json else console.print_data(f"{count:,} entries written to {export}")
+        return
+    if import_ is not None:
+        facts = import_decisions(opened, import_, reviewer=name)
+        _follow(opened)
+        console.print_json(facts) if json else console.show_import(facts)
+        return
+    if not stats:
+        held = Review(opened, name, tags=_listed(tag), sample=sample, read_image=open_images(opened).read)
+        server = ReviewServer(held, port)
+        console.show_address(server.url, len(held.queue), json=json)
+        if not no_browser:
+            _browse(server.url)
+        _until_stopped(server.serve_until_finished)
+        _follow(opened)
+    facts = review_facts(opened)
+    if json:
+        console.print_json({"run": str(opened.path), **facts})
+    else:
+        console.show_review(facts)
+
+
+def _follow(run: Any) -> None:
+    """Let the tags follow the decisions; these are safe in any case."""
+    from nc_audit import console
+    from nc_audit.pipeline import apply_decisions
+
+    try:
+        apply_decisions(run)
+    except AuditError as problem:
+        console.show_error(
+            AuditError(
+                f"the tags do not follow yet: {problem.message}",
+                "decisions are saved; " + (problem.hint or "nc-audit tag"),
+            )
+        )
+
+
+def _account() -> str:
+    """The name of the account, for decisions that name nobody."""
+    from getpass import getuser
+
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return "reviewer"
+
+
+def _browse(url: str) -> None:
+    """Open a browser beside us, where there is a screen for one: a text browser would take the terminal."""
+    import threading
+    import webbrowser
+
+    if sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & os.environ.keys():
+        return
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _until_stopped(serve: Callable[[], None]) -> None:
+    """Serve until it is over; Ctrl-C and a plain kill end it in good order, since every decision is saved."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        serve()
+    except KeyboardInterrupt:
+        return
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @command("bench")
@@ -530,6 +690,151 @@ def evaluate(
         console.print_json({"run": str(opened.path), **result})
     else:
         console.show_evaluation(result)
+
+
+@command("gate")
+def gate(
+    run: RunOption = None,
+    max_noisy: Annotated[
+        str | None, typer.Option("--max-noisy", metavar="N|P%", help="Rows tagged noisy.")
+    ] = None,
+    max_ambiguous: Annotated[
+        str | None, typer.Option("--max-ambiguous", metavar="N|P%", help="Rows tagged ambiguous.")
+    ] = None,
+    max_unusable: Annotated[
+        str | None, typer.Option("--max-unusable", metavar="N|P%", help="Rows that could not be audited.")
+    ] = None,
+    max_rate: Annotated[
+        str | None, typer.Option("--max-rate", metavar="5%", help="Estimated noise rate, a share.")
+    ] = None,
+    max_duplicates: Annotated[
+        str | None,
+        typer.Option(
+            "--max-duplicates", metavar="N|P%", help="Rows with a duplicate or near-duplicate image."
+        ),
+    ] = None,
+    max_leakage: Annotated[
+        str | None,
+        typer.Option("--max-leakage", metavar="N|P%", help="Rows whose image is also in another split."),
+    ] = None,
+    max_contradicting_captions: Annotated[
+        str | None,
+        typer.Option(
+            "--max-contradicting-captions", metavar="N|P%", help="Equal images whose captions disagree."
+        ),
+    ] = None,
+    max_block_shift: Annotated[
+        str | None, typer.Option("--max-block-shift", metavar="N|P%", help="Rows in a shifted block.")
+    ] = None,
+    max_placeholder_image: Annotated[
+        str | None,
+        typer.Option("--max-placeholder-image", metavar="N|P%", help="Rows of placeholder images."),
+    ] = None,
+    max_file_name_caption: Annotated[
+        str | None,
+        typer.Option("--max-file-name-caption", metavar="N|P%", help="Captions that are file names or URLs."),
+    ] = None,
+    max_empty_caption: Annotated[
+        str | None, typer.Option("--max-empty-caption", metavar="N|P%", help="Empty captions.")
+    ] = None,
+    max_other_script: Annotated[
+        str | None, typer.Option("--max-other-script", metavar="N|P%", help="Captions in another script.")
+    ] = None,
+    max_disagrees: Annotated[
+        str | None,
+        typer.Option("--max-disagrees", metavar="N|P%", help="Captions unlike the image's others."),
+    ] = None,
+    max_duplicate_image: Annotated[
+        str | None,
+        typer.Option("--max-duplicate-image", metavar="N|P%", help="Equal images under several names."),
+    ] = None,
+    max_near_duplicate_image: Annotated[
+        str | None,
+        typer.Option("--max-near-duplicate-image", metavar="N|P%", help="Images that look the same."),
+    ] = None,
+    max_copied_caption: Annotated[
+        str | None, typer.Option("--max-copied-caption", metavar="N|P%", help="Captions on many images.")
+    ] = None,
+    max_generic_caption: Annotated[
+        str | None,
+        typer.Option("--max-generic-caption", metavar="N|P%", help="Captions that fit many images."),
+    ] = None,
+    max_short_caption: Annotated[
+        str | None, typer.Option("--max-short-caption", metavar="N|P%", help="Captions of one word.")
+    ] = None,
+    max_cut_caption: Annotated[
+        str | None,
+        typer.Option("--max-cut-caption", metavar="N|P%", help="Captions longer than the encoder reads."),
+    ] = None,
+    max_rematch: Annotated[
+        str | None, typer.Option("--max-rematch", metavar="N|P%", help="Pairs that another caption fits.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a run against limits, each a number of rows or a percentage: exit code 1 when one is broken, else 0.
+
+    Example: nc-audit gate --max-noisy 2% --max-unusable 0 --max-leakage 0
+    """
+    from nc_audit import console
+    from nc_audit.gate import check_run
+
+    limits = {
+        "noisy": max_noisy,
+        "ambiguous": max_ambiguous,
+        "unusable": max_unusable,
+        "rate": max_rate,
+        "duplicates": max_duplicates,
+        "leakage": max_leakage,
+        "contradicting_captions": max_contradicting_captions,
+        "block_shift": max_block_shift,
+        "placeholder_image": max_placeholder_image,
+        "file_name_caption": max_file_name_caption,
+        "empty_caption": max_empty_caption,
+        "other_script": max_other_script,
+        "disagrees": max_disagrees,
+        "duplicate_image": max_duplicate_image,
+        "near_duplicate_image": max_near_duplicate_image,
+        "copied_caption": max_copied_caption,
+        "generic_caption": max_generic_caption,
+        "short_caption": max_short_caption,
+        "cut_caption": max_cut_caption,
+        "rematch": max_rematch,
+    }
+    opened = _open(run)
+    checks = check_run(opened, {name: text for name, text in limits.items() if text is not None})
+    is_kept = all(check.is_kept for check in checks)
+    if json:
+        console.print_json(
+            {"run": str(opened.path), "kept": is_kept, "checks": [check.as_json() for check in checks]}
+        )
+    else:
+        console.show_gate(checks)
+    if not is_kept:
+        raise typer.Exit(EXIT_GATE)
+
+
+@command("diff")
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run before.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run after.")],
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", min=0, help="How many pairs of each list to show.")
+    ] = 20,
+    json: JsonOption = False,
+) -> None:
+    """Show which pairs changed tag between two runs, and why; findings never fail it.
+
+    Example: nc-audit diff runs/before runs/after --top 50
+    """
+    from nc_audit import console
+    from nc_audit.diff import diff_runs
+    from nc_audit.run import Run
+
+    difference = diff_runs(Run.open(run_a), Run.open(run_b))
+    if json:
+        console.print_json({"run_a": str(run_a), "run_b": str(run_b), **difference.as_json(top)})
+    else:
+        console.show_diff(difference, top)
 
 
 @command("runs")

@@ -20,7 +20,9 @@ from rich.text import Text
 from nc_audit.errors import AuditError, RecipeError
 
 if TYPE_CHECKING:
+    from nc_audit.diff import Difference, Verdict
     from nc_audit.export import ExportResult
+    from nc_audit.gate import Check
     from nc_audit.report import ReportRow
 
 _TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
@@ -137,8 +139,12 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
         if name != "ok":
             table.add_row(Text(name, "magenta"), f"{count:,}", "not audited")
     console.print(table)
+    if summary.get("decided_rows"):
+        console.print(Text(f"decided by people: {summary['decided_rows']:,} rows"))
     for line in rate_lines(summary):
         console.print(Text(line))
+    for found in summary["findings"]:
+        console.print(Text(f"found: {found['count']:,} rows  {found['kind']}: {found['detail']}"))
     seconds = summary["seconds"]
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
@@ -218,6 +224,54 @@ def show_export(result: ExportResult) -> None:
         console.print(Text(f"  captions replaced: {result.num_rematched:,}"))
 
 
+def show_address(url: str, num_pairs: int, *, json: bool) -> None:
+    """Where the review page is; to stderr where stdout is for one JSON document."""
+    text = f"{num_pairs:,} pairs to review at {url}"
+    if json:
+        err.print(Text(text))
+    else:
+        print_data(text)
+        sys.stdout.flush()
+    err.print(
+        Text("every decision is saved at once; Finish in the page, or Ctrl-C here, ends the review", "dim")
+    )
+
+
+def show_review(facts: Mapping[str, Any]) -> None:
+    """Who decided what, and what a random sample says, to stdout."""
+    from nc_audit.report.text import plain
+
+    console = out()
+    reviewers = facts["reviewers"]
+    if reviewers:
+        names = ("keep", "drop", "fix", "rematch")
+        show_listing(
+            ["reviewer", *names],
+            [[name, *(f"{counts.get(one, 0):,}" for one in names)] for name, counts in reviewers.items()],
+        )
+    pairs = "pair" if facts["decided"] == 1 else "pairs"
+    console.print(Text(f"{facts['decided']:,} {pairs} decided by people; their word wins over the tags"))
+    if facts["num_conflicts"]:
+        shown = ", ".join(plain(one) for one in facts["conflicts"][:5])
+        more = ", ..." if facts["num_conflicts"] > 5 else ""
+        console.print(Text(f"reviewers disagree about {facts['num_conflicts']:,}: {shown}{more}", "yellow"))
+    if facts["num_torn"]:
+        console.print(Text(f"{facts['num_torn']:,} torn lines of decisions.jsonl were passed over", "yellow"))
+    for line in facts["statement"]:
+        console.print(Text(line))
+    if not facts["statement"]:
+        err.print(Text("next: nc-audit review --sample 150 measures the tags", "dim"))
+
+
+def show_import(facts: Mapping[str, Any]) -> None:
+    """What an import of decisions took, to stdout."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in facts["by_decision"].items())
+    text = f"{facts['imported']:,} decisions imported" + (f": {counts}" if counts else "")
+    if facts["unchanged"]:
+        text += f"; {facts['unchanged']:,} stood already"
+    out().print(Text(text))
+
+
 def show_evaluation(result: Mapping[str, Any]) -> None:
     """Retrieval of a run's model, to stdout."""
     console, recall = out(), result["retrieval"]
@@ -251,6 +305,46 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
                 "yellow",
             )
         )
+
+
+def show_gate(checks: Sequence[Check]) -> None:
+    """Each limit with the value and whether it is kept, to stdout."""
+    show_listing(
+        ["limit", "at most", "found", ""],
+        [
+            [one.name.replace("_", " "), str(one.limit), one.shown(), "pass" if one.is_kept else "FAIL"]
+            for one in checks
+        ],
+    )
+
+
+def show_diff(difference: Difference, top: int) -> None:
+    """What changed between two runs, to stdout."""
+    from nc_audit.report.text import plain
+
+    console = out()
+    tags = ["clean", "ambiguous", "noisy", "not audited"]
+    show_listing(
+        ["before / after", *tags],
+        [[one, *(f"{difference.matrix.get((one, other), 0):,}" for other in tags)] for one in tags],
+    )
+
+    def line(verdict: Verdict) -> str:
+        value = verdict.noise_probability
+        told = "" if value is None else f" {value:.2f}"
+        because = f"  ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
+        return plain(f"{verdict.tag}{told}{because}")
+
+    console.print(Text(f"{len(difference.changes):,} pairs changed tag"))
+    for change in difference.changes[:top]:
+        after = change.after
+        console.print(Text(f"  row {after.row:,}  {plain(after.image or '')}  {plain(after.caption or '')}"))
+        console.print(Text(f"    was {line(change.before)}"))
+        console.print(Text(f"    now {line(after)}"))
+    for name, only in (("first", difference.only_a), ("second", difference.only_b)):
+        console.print(Text(f"{len(only):,} pairs in the {name} run only"))
+        for _, one in only[:top]:
+            console.print(Text(f"  row {one.row:,}  {plain(one.image or '')}  {plain(one.caption or '')}"))
 
 
 def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:

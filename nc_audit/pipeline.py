@@ -31,11 +31,12 @@ from nc_audit.dataset import (
     mark_corrupt,
     read_trusted,
 )
-from nc_audit.errors import DatasetError, RecipeError, RunError
+from nc_audit.decisions import Decision, read_decisions
+from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import Run, digest_of, file_digest, write_parquet
-from nc_audit.schema import METHOD_COLUMNS, SCORES, TRAJECTORY
-from nc_audit.tag import Thresholds, tag_scores, threshold_for_precision
+from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
+from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 STAGES = ("load", "embed", "train", "score", "tag")
 NEED_TRUSTED = ("chnr",)
+"""Methods that cannot do without pairs known to be right, and also learn from those people kept."""
+USE_TRUSTED = (*NEED_TRUSTED, "self_paced")
 """Methods that learn from pairs known to be right."""
 
 
@@ -171,6 +174,11 @@ class _Audit:
         if entry.get("retagged_from") != stages["score"]["key"] or not self.run.is_done("tag", entry["key"]):
             return False
         self.watch.note("tags are as nc-audit tag set them; --force brings the recipe's thresholds back")
+        if entry["key"] != _retag_key(self.run, *thresholds_in_use(entry)):
+            self.watch.note("people decided about pairs since: the tags follow")
+            _commit_tags(self.run)
+            self.run.manifest["summary"] = summarise(self.run)
+            self.run.save()
         return True
 
     @contextmanager
@@ -196,14 +204,20 @@ class _Audit:
             return [plan.facts(), [file_digest(path) for path in files], tuned]
         if stage == "train":
             known = [recipe.train.settings_in_use(), recipe.score.candidates]
-            if recipe.train.method in NEED_TRUSTED:
-                file = recipe.dataset.trusted
+            file = recipe.dataset.trusted
+            if recipe.train.method in NEED_TRUSTED or (recipe.train.method in USE_TRUSTED and file):
                 known.append(file_digest(Path(file)) if file and Path(file).is_file() else file)
+            if recipe.train.method in NEED_TRUSTED:
                 known.append(self.run.decided("keep"))
             return known
         if stage == "score":
-            return recipe.score.model_dump(mode="json")
-        return recipe.tag.model_dump(mode="json")
+            found = self._found_by_people()
+            return [
+                recipe.score.model_dump(mode="json"),
+                "findings 1",
+                *([sorted(found.items())] if found else []),
+            ]
+        return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
 
     # --- shared values
 
@@ -332,11 +346,11 @@ class _Audit:
         """Which distinct pairs are known to be right, by --trusted or by people's decisions; None where none are."""
         import torch
 
-        if self.recipe.train.method not in NEED_TRUSTED:
+        if self.recipe.train.method not in USE_TRUSTED:
             if self.recipe.dataset.trusted is not None:
                 self.watch.warn(f"--trusted is not used by the method {self.recipe.train.method}")
             return None
-        vouched = set(self.run.decided("keep"))
+        vouched = set(self.run.decided("keep")) if self.recipe.train.method in NEED_TRUSTED else set()
         file = self.recipe.dataset.trusted
         if file is not None:
             trusted = read_trusted(Path(file), self.run.table("pairs"))
@@ -348,6 +362,11 @@ class _Audit:
         if not vouched:
             return None
         return torch.tensor([one in vouched for one in self.folded.pair_ids])
+
+    def _found_by_people(self) -> dict[str, bool]:
+        """By pair, whether people found it to be noise: kept pairs are right, others are not."""
+        standing, _ = read_decisions(self.run.path)
+        return {pair_id: one.decision != "keep" for pair_id, one in standing.items()}
 
     # --- stages
 
@@ -430,7 +449,7 @@ class _Audit:
                 "model/heads.safetensors": 0,
                 "model/trajectory.parquet": num * len(trained.trajectory.losses),
                 "model/evidence.parquet": num,
-                "model/swaps.parquet": num if trained.swaps else 0,
+                "model/swaps.parquet": len(trained.swaps.get("caption", ())),
                 "model/candidates.parquet": len(candidates.caption_M) + len(candidates.image_M),
             },
             {
@@ -446,8 +465,9 @@ class _Audit:
     def _score(self) -> tuple[dict[str, int], dict[str, Any]]:
         import torch
 
+        from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
-        from nc_audit.score import judge, look_around
+        from nc_audit.score import judge, look_around, num_searched
 
         folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
@@ -464,6 +484,21 @@ class _Audit:
                 seed,
                 whole_images=facts["whole_images"],
             )
+            found = self._found_by_people()
+            if found and rate.is_calibrated:
+                place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}
+                known = [
+                    (place[pair_id], noise) for pair_id, noise in sorted(found.items()) if pair_id in place
+                ]
+                before = judged["noise_probability"]
+                judged["noise_probability"] = corrected_by_people(
+                    before,
+                    torch.tensor([at for at, _ in known], dtype=torch.long),
+                    torch.tensor([noise for _, noise in known], dtype=torch.bool),
+                )
+                rate = rate.moved(float((judged["noise_probability"] - before).double().mean()))
+            if self.trusted is not None and rate.is_calibrated:
+                judged["noise_probability"] = judged["noise_probability"].masked_fill(self.trusted, 0.0)
             self.watch.progress("score", 1, 2)
             columns = given | judged | look_around(*vectors, pairs, settings, seed)
         images = _first_names(self.run.table("pairs"), self.folded)
@@ -479,11 +514,14 @@ class _Audit:
             "logit_scale": str(facts["logit_scale"]),
             "encoder": f"{self.encoder_plan.image} + {self.encoder_plan.text}",
             "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
-            "searched": str(min(settings.rank_candidates, max(pairs.num_captions, pairs.num_images))),
+            "searched": str(num_searched(pairs, settings)),
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
+        findings, capped = self._findings(table, *vectors)
+        self.run.write_table("findings", findings)
         self.watch.progress("score", 2, 2)
-        return {"scores.parquet": len(table)}, {
+        return {"scores.parquet": len(table), "findings.parquet": len(findings)}, {
+            "capped": capped,
             "noise_rate": {
                 "estimate": rate.estimate,
                 "low": rate.low,
@@ -491,11 +529,44 @@ class _Audit:
                 "level": rate.level,
                 "expected_auroc": None if rate.expected_auroc != rate.expected_auroc else rate.expected_auroc,
                 "evidence": rate.evidence,
-            }
+            },
         }
+
+    def _findings(self, scores: pa.Table, image: Tensor, caption: Tensor) -> tuple[pa.Table, list[str]]:
+        """The `findings` table, and which searches were capped."""
+        from nc_audit.dataset import decode_image
+        from nc_audit.findings import Vectors, dhash, find_all
+
+        folded, pairs = self.folded, self.run.table("pairs")
+
+        def read_hash(index: int) -> int | None:
+            try:
+                return dhash(decode_image(self.images.read(folded.image_uris[index])))
+            except (AuditError, OSError):
+                return None
+
+        at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
+        found = find_all(
+            pairs,
+            Vectors(
+                np.where(is_ok, folded.pair_image[at], -1),
+                np.where(is_ok, folded.pair_caption[at], -1),
+                self.inputs[0].numpy(),
+                image.numpy(),
+                caption.numpy(),
+                np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64),
+            ),
+            np.asarray(scores["image_rank"].fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64),
+            read_hash,
+        )
+        for line in found.capped:
+            self.watch.warn(line)
+        return found.table(pairs), found.capped
 
     def _tag(self) -> tuple[dict[str, int], dict[str, Any]]:
         section = self.recipe.tag
+        for note in read_decisions(self.run.path)[1]:
+            self.watch.warn(note)
         return _write_tags(self.run, Thresholds(section.clean_at, section.noisy_at), None)
 
 
@@ -531,21 +602,87 @@ def retag(
         high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
         low = min(low, high)
     with run.locked():
-        files, facts = _write_tags(run, Thresholds(low, high), budget)
-        source = run.stage("score")["key"]
-        run.commit(
-            "tag", digest_of(["retag", source, low, high, budget]), files, 0.0, retagged_from=source, **facts
-        )
+        thresholds = Thresholds(low, high)
+        key = _retag_key(run, thresholds, budget)
+        files, facts = _write_tags(run, thresholds, budget)
+        run.commit("tag", key, files, 0.0, retagged_from=run.stage("score")["key"], **facts)
         run.manifest["summary"] = summarise(run)
         run.save()
     return run.manifest["summary"]
+
+
+def apply_decisions(run: Run) -> dict[str, Any]:
+    """Let the tags of a run follow what people decided, under the thresholds in use.
+
+    Returns:
+        The new summary; the one that is there where nothing changed.
+
+    Raises:
+        RunError: the run is not tagged, another process holds it, or a line of decisions.jsonl is no decision.
+    """
+    run.stage("tag")
+    with run.locked():
+        run.manifest = Run.open(run.path).manifest
+        if _commit_tags(run) or "summary" not in run.manifest:
+            run.manifest["summary"] = summarise(run)
+            run.save()
+    return run.manifest["summary"]
+
+
+def _commit_tags(run: Run) -> bool:
+    """Tag again as the stage was tagged last; whether anything about the decisions had changed since."""
+    entry = run.stage("tag")
+    thresholds, budget = thresholds_in_use(entry)
+    source = run.stage("score")["key"]
+    kept = {"retagged_from": source} if "retagged_from" in entry else {}
+    if kept:
+        key = _retag_key(run, thresholds, budget)
+    else:
+        section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
+        key = digest_of([source, _tag_inputs(run, section)])
+    if run.is_done("tag", key):
+        return False
+    files, facts = _write_tags(run, thresholds, budget)
+    run.commit("tag", key, files, 0.0, **kept, **facts)
+    return True
+
+
+def _tag_inputs(run: Run, section: Any) -> Any:
+    """What the tags depend on beyond the scores: the recipe's section, and what people decided where they did."""
+    decisions = _decisions_digest(_decisions(run))
+    return [section, decisions] if decisions else section
+
+
+def _retag_key(run: Run, thresholds: Thresholds, budget: float | None) -> str:
+    chosen = ["retag", run.stage("score")["key"], thresholds.clean_at, thresholds.noisy_at, budget]
+    decisions = _decisions_digest(_decisions(run))
+    return digest_of([*chosen, decisions] if decisions else chosen)
+
+
+def _decisions(run: Run) -> dict[str, Decision]:
+    return read_decisions(run.path)[0]
+
+
+def _decisions_digest(decisions: dict[str, Decision]) -> str | None:
+    """Hash of what tags see of the decisions; None where there are none."""
+    seen = sorted((one.pair_id, one.decision, one.reviewer) for one in decisions.values())
+    return digest_of(seen) if seen else None
 
 
 def _write_tags(
     run: Run, thresholds: Thresholds, budget: float | None
 ) -> tuple[dict[str, int], dict[str, Any]]:
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
-    tags = tag_scores(run.table("scores"), run.table("pairs"), thresholds, blind=blind, budget=budget)
+    has_findings = "findings.parquet" in run.stage("score")["files"]
+    tags = tag_scores(
+        run.table("scores"),
+        run.table("pairs"),
+        thresholds,
+        blind=blind,
+        budget=budget,
+        decisions=_decisions(run),
+        findings=run.table("findings") if has_findings else None,
+    )
     run.write_table("tags", tags)
     stated = {
         "clean_at": thresholds.clean_at,
@@ -562,7 +699,8 @@ def summarise(run: Run) -> dict[str, Any]:
         RunError: they do not, or a stage is missing.
     """
     status = _counts(run.table("pairs", ["status"])["status"])
-    tags = _counts(run.table("tags", ["tag"])["tag"])
+    tagged = run.table("tags", ["tag", "decided_by"])
+    tags = _counts(tagged["tag"])
     rows = sum(status.values())
     if sum(tags.values()) != status.get("ok", 0):
         raise RunError(
@@ -577,13 +715,29 @@ def summarise(run: Run) -> dict[str, Any]:
         "captions": train["captions"],
         "status": status,
         "tags": {tag: tags.get(tag, 0) for tag in ("clean", "ambiguous", "noisy")},
+        "decided_rows": pc.sum(pc.not_equal(tagged["decided_by"], MODEL)).as_py() or 0,
         "noise_rate": run.stage("score")["noise_rate"],
         "whole_images": train["whole_images"],
         "thresholds": run.stage("tag")["thresholds"],
         "encoders": run.stage("embed")["encoders"],
-        "findings": [],
+        "findings": _count_findings(run),
         "seconds": {stage: run.stage(stage)["seconds"] for stage in STAGES},
     }
+
+
+def _count_findings(run: Run) -> list[dict[str, Any]]:
+    """Kind, number of rows and meaning of what was found, strongest first; kinds without any are left out."""
+    if "findings.parquet" not in run.stage("score")["files"]:
+        return []
+    table = run.table("findings", ["row", "kind"])
+    rows = table.group_by("kind").aggregate([("row", "count_distinct")])
+    counts = dict(zip(rows["kind"].to_pylist(), rows["row_count_distinct"].to_pylist(), strict=True))
+    counts["cut_caption"] = run.stage("embed")["cut_captions"]
+    return [
+        {"kind": kind, "count": counts[kind], "detail": meaning}
+        for kind, (_, meaning) in FINDING_KINDS.items()
+        if counts.get(kind)
+    ]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -604,7 +758,7 @@ def _trajectory(trajectory: Trajectory, pair_id: pa.Array) -> pa.Table:
     return pa.table(
         [
             pa.concat_arrays([pair_id] * epochs) if epochs else pa.array([], pa.string()),
-            pa.array(np.repeat(np.arange(1, epochs + 1, dtype=np.int32), num)),
+            pa.array(np.repeat(np.array(trajectory.epochs, dtype=np.int32), num)),
             column(trajectory.losses, pa.float32()),
             column(trajectory.weights, pa.float32()),
             division.cast(pa.string()),

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nc_audit import __version__
+from nc_audit.decisions import read_decisions
 from nc_audit.errors import RunError
 from nc_audit.schema import check_table
 
@@ -123,24 +124,13 @@ class Run:
             )
 
     def decided(self, decision: str) -> list[str]:
-        """Ids, sorted, of the pairs on which people decided so; a pair's last decision stands.
+        """Ids, sorted, of the pairs on which people decided so; a pair's last decision that was not undone stands.
 
         Raises:
             RunError: a line of decisions.jsonl is no decision.
         """
-        path = self.path / "decisions.jsonl"
-        if not path.is_file():
-            return []
-        last: dict[str, str] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                last[entry["pair_id"]] = entry["decision"]
-            except (ValueError, KeyError, TypeError) as problem:
-                raise RunError(
-                    f"{path}: line {number} is no decision", "mend the line; nothing was changed"
-                ) from problem
-        return sorted(pair_id for pair_id, what in last.items() if what == decision)
+        standing, _ = read_decisions(self.path)
+        return sorted(pair_id for pair_id, one in standing.items() if one.decision == decision)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -132,6 +132,12 @@ SCORES = pa.schema(
 METHOD_COLUMNS: dict[str, pa.Field] = {
     field.name: field
     for field in (
+        _field(
+            "zero_shot_loss",
+            _F,
+            "self_paced: loss by the cosine of aligned encoders, untrained; higher = fits worse",
+            unit="nats, 0..",
+        ),
         _field("image_novelty", _F, "tsvc: how unusual the image is; higher = rarer", unit="nats"),
         _field("caption_novelty", _F, "tsvc: how unusual the caption is; higher = rarer", unit="nats"),
         _field(
@@ -178,6 +184,41 @@ TAGS = pa.schema(
         _field("tag", pa.string(), "clean, ambiguous or noisy; null where status is not ok"),
         _field("reasons", list_of(pa.string()), "what a person can check, strongest first", nullable=False),
         _field("decided_by", pa.string(), "model, or the reviewer's name", nullable=True),
+        _field(
+            "rematch_row", pa.int64(), "row whose caption fits this row's image; null where none is known"
+        ),
+        _field("rematch_probability", _F, "probability that it does", unit="0..1"),
+    ]
+)
+
+FINDING_KINDS: dict[str, tuple[str, str]] = {
+    "contradicting_captions": ("warn", "equal or near-equal images whose captions disagree"),
+    "block_shift": ("warn", "runs of rows whose images fit the captions a constant number of rows away"),
+    "leakage": ("warn", "equal or near-equal images in different splits"),
+    "placeholder_image": ("warn", "one image under unusually many captions"),
+    "file_name_caption": ("warn", "captions that are file names or URLs"),
+    "empty_caption": ("warn", "captions that are empty or missing"),
+    "other_script": ("warn", "captions in another script than the rest"),
+    "disagrees": ("warn", "captions unlike the others of their image"),
+    "duplicate_image": ("info", "equal images under several names"),
+    "near_duplicate_image": ("info", "images that look the same"),
+    "copied_caption": ("info", "captions on ten or more images"),
+    "generic_caption": ("info", "captions that fit many images better than their own"),
+    "short_caption": ("info", "captions of a single word"),
+    "cut_caption": ("info", "captions longer than the encoder reads"),
+    "rematch": ("info", "noisy pairs whose image another displaced caption fits"),
+}
+"""Severity and meaning of each kind of finding, strongest first. `cut_caption` is counted, not listed by row."""
+
+FINDINGS = pa.schema(
+    [
+        _PAIR,
+        _ROW,
+        _field("kind", pa.string(), "what was found, one of the kinds of the README", nullable=False),
+        _field("partner_row", pa.int64(), "the other row it is about, where there is one"),
+        _field("detail", pa.string(), "in words, for a person to check", nullable=False),
+        _field("severity", pa.string(), "warn: likely an error; info: worth knowing", nullable=False),
+        _field("probability", _F, "of a re-match or block shift to be right; else null", unit="0..1"),
     ]
 )
 
@@ -204,7 +245,13 @@ TRAJECTORY = pa.schema(
     ]
 )
 
-TABLES: dict[str, pa.Schema] = {"pairs": PAIRS, "scores": SCORES, "tags": TAGS, "trajectory": TRAJECTORY}
+TABLES: dict[str, pa.Schema] = {
+    "pairs": PAIRS,
+    "scores": SCORES,
+    "findings": FINDINGS,
+    "tags": TAGS,
+    "trajectory": TRAJECTORY,
+}
 
 
 def check_table(name: str, table: pa.Table) -> pa.Table:

@@ -16,12 +16,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nc_audit.calibrate import NoiseRate, calibrated, combine_held_out, noise_rate, rate_of_probabilities
+from nc_audit.calibrate import (
+    NoiseRate,
+    by_image,
+    calibrated,
+    combine_held_out,
+    noise_rate,
+    rate_of_probabilities,
+)
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, fused
+from nc_audit.methods.known_swaps import Evidence, carried_over, fused, worth
 from nc_audit.methods.matching import Pairs
-from nc_audit.methods.neighbours import neighbour_distance
+from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
+
+_MOST_COSINES = 10**10  # in a search for ranks and best matches
+_MOST_OWN = 30  # neighbours of the own image that are looked past
 
 
 @dataclass(frozen=True)
@@ -66,19 +76,27 @@ def ask_neighbours(
         return Neighbourhood(nothing, nothing)
     trust = trust_N[order]
     reference_image, reference_caption = image_ID[reference.image_N], caption_CD[reference.caption_N]
+    # What is near depends on the image (or the caption) alone, so each distinct one looks once. More are looked up than
+    # vote, for those of the own image are left out.
+    own = int(torch.bincount(reference.image_N).max())
+    looked_up = settings.neighbours + min(own, _MOST_OWN)
+    near_image = nearest_references(image_ID, reference_image, looked_up)
+    near_caption = nearest_references(caption_CD, reference_caption, looked_up)
 
     def distances(asked: Pairs) -> tuple[Tensor, Tensor]:
         by_image, by_caption = [], []
-        for image, caption in zip(asked.image_N.split(1024), asked.caption_N.split(1024), strict=True):
-            same_image = image[:, None] == reference.image_N[None, :]
-            itself = same_image & (caption[:, None] == reference.caption_N[None, :])
-            query, other = image_ID[image], caption_CD[caption]
+        for image, caption in zip(asked.image_N.split(4096), asked.caption_N.split(4096), strict=True):
             ask = partial(
                 neighbour_distance, num_neighbours=settings.neighbours, sharpness=settings.sharpness
             )
-            excluded = itself if own_captions_vote else same_image
-            by_image.append(ask(query, other, reference_image, reference_caption, trust, excluded))
-            by_caption.append(ask(other, query, reference_caption, reference_image, trust, same_image))
+            cosine, at = near_image[0][image], near_image[1][image]
+            excluded = reference.image_N[at] == image[:, None]
+            if own_captions_vote:
+                excluded &= reference.caption_N[at] == caption[:, None]
+            by_image.append(ask(cosine, at, excluded, caption_CD[caption], reference_caption, trust))
+            cosine, at = near_caption[0][caption], near_caption[1][caption]
+            excluded = reference.image_N[at] == image[:, None]
+            by_caption.append(ask(cosine, at, excluded, image_ID[image], reference_image, trust))
         return torch.cat(by_image), torch.cat(by_caption)
 
     given, swaps = distances(pairs), distances(planted)
@@ -169,14 +187,14 @@ def judge(
 
     Args:
         given: quantities of the given pairs (`train.Judgement.given`).
-        swaps: those of the known swaps; `caption` holds the caption each image is swapped to, and `final_loss` is
-            not a number where the swap did not sit in the final training. Empty for a method without swaps.
+        swaps: those of the known swaps; `image` and `caption` hold what is put together, and `final_loss` is not
+            a number where the swap did not sit in the final training. Empty for a method without swaps.
         image_ID: unit vectors of all images by the final heads, shape [I, D].
         caption_CD: unit vectors of all captions by the final heads, shape [C, D].
         pairs: the given pairs.
         settings: the recipe's `score` section.
         seed: draws the bootstrap and the reference pairs.
-        whole_images: noise strikes whole images; then the held-out evidence alone decides.
+        whole_images: noise strikes whole images; then each pair speaks for its image.
 
     Returns:
         The noise rate; `noise_score` (higher = noisier), `noise_probability` (0..1) and `neighbour_distance`.
@@ -202,13 +220,13 @@ def judge(
             Evidence(given["first"], swaps["first"]),
             Evidence(given["loss"], swaps["loss"]),
             Evidence(given["distance"], swaps["distance"]),
-            pairs,
             pairs.image_N,
+            swaps["image"],
             whole_images,
             seed,
         )
         swapped = Pairs(
-            pairs.image_N[planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
+            swaps["image"][planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
         )
         trust_N = 1 - held_out.posterior.given_N
         around = ask_neighbours(
@@ -221,20 +239,42 @@ def judge(
             generator,
             own_captions_vote=not whole_images,
         )
-        evidence, rate = held_out.evidence, held_out.rate
-        if not whole_images:
-            # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
-            final = Evidence(given["final_loss"], swaps["final_loss"][planted])
-            held = Evidence(given["loss"], swaps["loss"][planted])
+        # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
+        final = Evidence(given["final_loss"], swaps["final_loss"][planted])
+        held = Evidence(given["loss"], swaps["loss"][planted])
+        if whole_images:
+            # The captions of a wrong image teach each other, those of a planted one have their own pairs to
+            # contradict them: in sample the two differ, so the held-out look calibrates and the final heads only rank.
+            first = Evidence(given["first"], swaps["first"][planted])
+            distance = Evidence(given["distance"], swaps["distance"][planted])
+            evidence = by_image(
+                fused(first, held, distance, final, around.by_image, around.by_caption),
+                pairs.image_N,
+                swapped.image_N,
+            )
+            rate = held_out.rate
+            probability = carried_over(held_out.posterior.given_N, evidence.given_N).float()
+        else:
             evidence = fused(held, final, final, around.by_image, around.by_caption)
-            rate = noise_rate(evidence, pairs.image_N, swapped.image_N, seed)
-        probability = calibrated(evidence, rate).given_N
+            if "zero_shot_loss" in given:
+                untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"][planted])
+                evidence = evidence + untrained.times(worth(untrained, held))
+            rate = noise_rate(
+                evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
+            )
+            probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N
     return rate, {
         "noise_score": score,
         "noise_probability": probability,
         "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
     }
+
+
+def num_searched(pairs: Pairs, settings: ScoreSection) -> int:
+    """How many captions and images ranks and best matches search: fewer where very many ask, so that time is linear."""
+    asking = max(pairs.num_images, pairs.num_captions)
+    return min(settings.rank_candidates, asking, max(1_000, _MOST_COSINES // asking))
 
 
 def look_around(
@@ -253,7 +293,7 @@ def look_around(
         Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
     """
     generator = torch.Generator().manual_seed(seed + 300)
-    searched = settings.rank_candidates
+    searched = num_searched(pairs, settings)
     captions = look_up(image_ID, caption_CD, pairs.image_N, pairs.caption_N, searched, generator)
     images = look_up(caption_CD, image_ID, pairs.caption_N, pairs.image_N, searched, generator)
     return {

@@ -1,21 +1,31 @@
 """Stage 5, tag: clean, ambiguous or noisy, with reasons a person can check. Takes milliseconds, needs no rescoring.
 
 `thresholds` turns what a user wants (a precision, a budget) into the two probabilities; `tag_scores` applies them.
+What people decided (`decisions.jsonl`) wins over what the model says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nc_audit.decisions import Decision
 from nc_audit.errors import RecipeError
-from nc_audit.schema import TAGS, list_of
+from nc_audit.run import Run
+from nc_audit.schema import FINDING_KINDS, TAGS, TAGS_KNOWN, list_of
 
 MODEL = "model"
+NAMELESS = "reviewer"
+"""Stands in `decided_by` for a reviewer without a name, or with the model's."""
+
 _GENERIC_ENTROPY = 0.9
+_MOST_REASONS = 5
+_SAID_BY_STATUS = {"empty_caption"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ def tag_scores(
     *,
     blind: bool = False,
     budget: float | None = None,
+    decisions: Mapping[str, Decision] | None = None,
+    findings: pa.Table | None = None,
 ) -> pa.Table:
     """The `tags` table of a run.
 
@@ -88,12 +100,71 @@ def tag_scores(
         thresholds: on the noise probability.
         blind: the scores told swaps from given pairs no better than chance: everything is ambiguous, and says so.
         budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
+        decisions: what people decided, by pair_id. Their word wins: kept and corrected pairs are clean, dropped ones
+            noisy, `decided_by` names the reviewer. Decisions on pairs that are not there or not ok count for nothing.
+        findings: the `findings` table, for reasons and re-matches; None where there is none.
 
     Returns:
         The table of `schema.TAGS`: tag null where the row's status is not ok, its reason then being the status.
     """
-    probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
     is_ok = np.asarray(pc.equal(pairs["status"], "ok").to_numpy(zero_copy_only=False), dtype=bool)
+    codes = _codes(scores, is_ok, thresholds, blind=blind, budget=budget)
+    reasons = _reasons(scores, pairs, codes, is_ok, blind, findings)
+    rematch_row, rematch_probability = _rematches(findings, len(codes))
+    decided_by: list[str | None] = [MODEL if ok else None for ok in is_ok.tolist()]
+    if decisions:
+        at, standing = _decided_rows(pairs["pair_id"], is_ok, decisions)
+        for row, one in zip(at, standing, strict=True):
+            name = decided_by[row] = _encodable(one.reviewer) if one.reviewer not in ("", MODEL) else NAMELESS
+            reasons[row] = _reasons_of(one, name, codes[row], reasons[row])
+            codes[row] = 2 if one.decision == "drop" else 0
+    tags = pa.DictionaryArray.from_arrays(
+        pa.array(codes, pa.int8(), mask=~is_ok), pa.array(["clean", "ambiguous", "noisy"])
+    ).cast(pa.string())
+    return pa.table(
+        [
+            pairs["pair_id"],
+            pairs["row"],
+            tags,
+            pa.array(reasons, list_of(pa.string())),
+            pa.array(decided_by, pa.string()),
+            rematch_row,
+            rematch_probability,
+        ],
+        schema=TAGS,
+    )
+
+
+def thresholds_in_use(entry: Mapping[str, Any]) -> tuple[Thresholds, float | None]:
+    """The thresholds and the budget that a finished tag stage went by, from its entry in the manifest."""
+    stated = entry["thresholds"]
+    noisy_at = float("inf") if stated["noisy_at"] is None else stated["noisy_at"]
+    return Thresholds(stated["clean_at"], noisy_at), stated.get("budget")
+
+
+def model_tags(run: Run) -> pa.Array:
+    """The tags that the model alone gives under the thresholds in use, one per row; null where not ok.
+
+    Raises:
+        RunError: the run is not tagged.
+    """
+    thresholds, budget = thresholds_in_use(run.stage("tag"))
+    blind = run.stage("score")["noise_rate"]["evidence"] == "none"
+    is_ok = np.asarray(
+        pc.equal(run.table("pairs", ["status"])["status"], "ok").to_numpy(zero_copy_only=False), dtype=bool
+    )
+    scores = run.table("scores", ["noise_probability", "noise_score"])
+    codes = _codes(scores, is_ok, thresholds, blind=blind, budget=budget)
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int8(), mask=~is_ok), pa.array(TAGS_KNOWN)).cast(
+        pa.string()
+    )
+
+
+def _codes(
+    scores: pa.Table, is_ok: np.ndarray, thresholds: Thresholds, *, blind: bool, budget: float | None
+) -> np.ndarray:
+    """0 clean, 1 ambiguous, 2 noisy, by the model alone; shape [N]."""
+    probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
     clean = probability <= thresholds.clean_at
     if budget is None:
         noisy = (probability >= thresholds.noisy_at) & ~(clean & (thresholds.clean_at == thresholds.noisy_at))
@@ -103,25 +174,81 @@ def tag_scores(
         noisy[is_ok] = threshold_for_budget(score[is_ok], budget)
     if blind:
         clean, noisy = np.zeros_like(clean), np.zeros_like(noisy) if budget is None else noisy
-    codes = np.where(noisy, 2, np.where(clean, 0, 1))
-    tags = pa.DictionaryArray.from_arrays(
-        pa.array(codes, pa.int8(), mask=~is_ok), pa.array(["clean", "ambiguous", "noisy"])
-    ).cast(pa.string())
-    return pa.table(
-        [
-            pairs["pair_id"],
-            pairs["row"],
-            tags,
-            _reasons(scores, pairs, codes, is_ok, blind),
-            pa.array(np.full(len(codes), MODEL), pa.string(), mask=~is_ok),
-        ],
-        schema=TAGS,
-    )
+    return np.where(noisy, 2, np.where(clean, 0, 1))
+
+
+def _decided_rows(
+    pair_id: pa.ChunkedArray, is_ok: np.ndarray, decisions: Mapping[str, Decision]
+) -> tuple[list[int], list[Decision]]:
+    """The ok rows on whose pair somebody decided, and the decision of each."""
+    standing = list(decisions.values())
+    found = pc.fill_null(pc.index_in(pair_id, pa.array([*map(_encodable, decisions)], pa.string())), -1)
+    which = np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
+    at = np.flatnonzero((which >= 0) & is_ok)
+    return at.tolist(), [standing[one] for one in which[at].tolist()]
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which JSON may hold and Arrow does not, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _reasons_of(decision: Decision, name: str, code: int, model: list[str]) -> list[str]:
+    """Who decided what comes first; what the model held against the pair follows where people did not settle it."""
+    if decision.decision == "drop":
+        return [f"dropped by {name}", *model]
+    if decision.decision == "keep":
+        against = [f"the model says {TAGS_KNOWN[code]}"] if code else []
+        return [f"kept by {name}", *against]
+    return [f"caption corrected by {name}"]
+
+
+def _rematches(findings: pa.Table | None, num_rows: int) -> tuple[pa.Array, pa.Array]:
+    """The row whose caption fits each row's image, and the probability, by the likeliest finding that names one."""
+    partner, probability = np.zeros(num_rows, np.int64), np.full(num_rows, -1.0, np.float32)
+    if findings is not None:
+        named = findings.filter(pc.is_valid(findings["probability"]))
+        columns = (named[name].to_pylist() for name in ("row", "partner_row", "probability"))
+        for row, other, value in zip(*columns, strict=True):
+            if value > probability[row]:
+                partner[row], probability[row] = other, value
+    unknown = probability < 0
+    return pa.array(partner, mask=unknown), pa.array(probability, pa.float32(), mask=unknown)
+
+
+def _found_by_row(findings: pa.Table | None) -> dict[int, list[tuple[str, str]]]:
+    """Kind and detail of the findings about each row, in the order of the table: strongest kind first."""
+    result: dict[int, list[tuple[str, str]]] = {}
+    if findings is not None:
+        columns = (findings[name].to_pylist() for name in ("row", "kind", "detail"))
+        for row, kind, detail in zip(*columns, strict=True):
+            result.setdefault(row, []).append((kind, detail))
+    return result
+
+
+def _with_findings(reasons: list[str], found: list[tuple[str, str]], flagged: bool) -> list[str]:
+    """At most `_MOST_REASONS` reasons: warnings, then the scores', then the rest; clean pairs get warnings alone."""
+    warnings: list[str] = []
+    rest: list[str] = []
+    for kind, detail in found:
+        target = warnings if FINDING_KINDS[kind][0] == "warn" else rest
+        if detail not in target and kind not in _SAID_BY_STATUS:
+            target.append(detail)
+    first = reasons[:1] if reasons and reasons[0].endswith("likely noise") else []
+    ordered = [*first, *warnings[:2], *reasons[len(first) :], *(rest if flagged else [])]
+    if flagged and rest and len(ordered) > _MOST_REASONS:
+        ordered = [*ordered[: _MOST_REASONS - 1], rest[0]]
+    return ordered[:_MOST_REASONS]
 
 
 def _reasons(
-    scores: pa.Table, pairs: pa.Table, codes: np.ndarray, is_ok: np.ndarray, blind: bool
-) -> pa.Array:
+    scores: pa.Table,
+    pairs: pa.Table,
+    codes: np.ndarray,
+    is_ok: np.ndarray,
+    blind: bool,
+    findings: pa.Table | None,
+) -> list[list[str]]:
     def values(name: str) -> np.ndarray:
         return np.asarray(scores[name].to_numpy(zero_copy_only=False), dtype=np.float64)
 
@@ -156,12 +283,15 @@ def _reasons(
         if codes[at] == 1:
             if entropy[at] >= _GENERIC_ENTROPY:
                 reasons.append("generic: fits many others about as well")
-            reasons.insert(0, f"evidence conflicts: {probability[at]:.0%} likely noise")
+            conflicts = "evidence conflicts" if 0.05 < probability[at] < 0.95 else "not among the worst"
+            reasons.insert(0, f"{conflicts}: {probability[at]:.0%} likely noise")
+    for at, found in _found_by_row(findings).items():
+        result[at] = _with_findings(result[at], found, bool(codes[at] > 0))
     statuses = pairs["status"].to_pylist()
     details = pairs["status_detail"].to_pylist()
     for at in np.flatnonzero(~is_ok).tolist():
         result[at] = [f"{statuses[at]}: {details[at]}" if details[at] else statuses[at]]
-    return pa.array(result, list_of(pa.string()))
+    return result
 
 
 def _texts(column: pa.ChunkedArray, at: np.ndarray) -> list[str | None]:

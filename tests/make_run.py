@@ -25,7 +25,10 @@ def picture(seed: int, *, side: int = 8, form: str = "PNG") -> bytes:
 
 @dataclass
 class Pair:
-    """One input row with what the audit said of it; image `number` n has the bytes `picture(n)`."""
+    """One input row with what the audit said of it; image `number` n has the bytes `picture(n)`.
+
+    `columns` are further columns of the input. The tags have the columns of re-matches when a pair sets one.
+    """
 
     number: int = 0
     caption: str | None = "a red house"
@@ -40,6 +43,9 @@ class Pair:
     duplicate_of: int | None = None
     reasons: Sequence[str] = ()
     more: dict[str, Any] = field(default_factory=dict)
+    rematch_row: int | None = None
+    rematch_probability: float | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_ok(self) -> bool:
@@ -88,9 +94,17 @@ def make_run(path: Path, pairs: Sequence[Pair], **manifest: Any) -> Run:
     run = Run(path)
     run.manifest |= {"recipe": {"name": "self_paced", "digest": "0f0f"}, **manifest}
     run.save()
-    run.write_table("pairs", _table(PAIRS, table, len(pairs)))
+    pairs_table = _table(PAIRS, table, len(pairs))
+    for name in dict.fromkeys(name for pair in pairs for name in pair.columns):
+        pairs_table = pairs_table.append_column(name, pa.array([pair.columns.get(name) for pair in pairs]))
+    run.write_table("pairs", pairs_table)
     run.write_table("scores", _table(SCORES, scores, len(pairs)))
-    run.write_table("tags", _table(TAGS, tags, len(pairs)))
+    tags_table = _table(TAGS, tags, len(pairs))
+    if any(pair.rematch_row is not None or pair.rematch_probability is not None for pair in pairs):
+        for name, kind in (("rematch_row", pa.int64()), ("rematch_probability", pa.float32())):
+            values = pa.array([getattr(pair, name) for pair in pairs], kind)
+            tags_table = tags_table.append_column(name, values)
+    run.write_table("tags", tags_table)
     return run
 
 

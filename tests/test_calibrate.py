@@ -7,12 +7,12 @@ from nc_audit.calibrate import (
     NoiseRate,
     calibrated,
     combine_held_out,
+    corrected_by_people,
     image_mean,
     noise_rate,
     strikes_whole_images,
 )
 from nc_audit.methods.known_swaps import Evidence
-from nc_audit.methods.matching import Pairs
 
 
 def mixture(
@@ -138,11 +138,54 @@ def test_image_mean():
 def test_held_out_evidence_is_fused_and_averaged_over_images_where_these_are_struck(whole):
     first, image = mixture(0.3, 0, whole_images=True)
     loss, _ = mixture(0.3, 0, whole_images=True, gap=2.0)
-    pairs = Pairs(image, torch.arange(len(image)), 400, len(image))
-    held_out = combine_held_out(first, loss, loss, pairs, image, whole, 0)
+    held_out = combine_held_out(first, loss, loss, image, image, whole, 0)
     per_image = held_out.evidence.given_N.view(400, 3)
     assert bool((per_image == per_image[:, :1]).all()) is whole
     assert held_out.rate.estimate == pytest.approx(0.3, abs=0.1)
     for posterior in (held_out.posterior.given_N, held_out.posterior.swaps_S):
         assert ((posterior >= 0) & (posterior <= 1)).all()
     assert held_out.posterior.given_N.mean().item() == pytest.approx(held_out.rate.estimate, abs=0.05)
+
+
+# --- what people found
+
+
+def decided(true_slope: float, shift: float, num: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Stated probabilities, the true ones, and decisions on pairs that were picked by the stated ones."""
+    generator = torch.Generator().manual_seed(seed)
+    logit = 3 * torch.randn(5000, generator=generator, dtype=torch.float64)
+    truth = torch.sigmoid(shift + true_slope * logit)
+    noise = torch.rand(5000, generator=generator) < truth
+    worst = logit.argsort(descending=True)[: 3 * num]
+    known = worst[torch.randperm(len(worst), generator=generator)[:num]]
+    return torch.sigmoid(logit), truth, known, noise[known]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("slope", "shift"), [(1.0, -1.5), (1.0, 1.5), (0.6, 0.0), (1.0, 0.0)])
+def test_decisions_mend_what_is_stated_even_if_only_the_worst_were_looked_at(slope, shift, seed):
+    stated, truth, known, noise = decided(slope, shift, 600, seed)
+    bent = corrected_by_people(stated, known, noise)
+    before, after = ((one - truth).abs()[stated > 0.3].mean() for one in (stated, bent))
+    assert after <= max(0.9 * before, 0.04)
+    if shift:
+        assert after <= before / 2
+    assert (bent[stated.argsort()].diff() >= 0).all()
+
+
+def test_few_decisions_change_little_and_none_change_nothing():
+    stated, _, known, _ = decided(1.0, 0.0, 3)
+    one = corrected_by_people(stated, known[:1], torch.tensor([False]))
+    assert (one - stated).abs().max() < 0.25
+    assert torch.equal(corrected_by_people(stated, known[:0], torch.zeros(0, dtype=torch.bool)), stated)
+    certain = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
+    kept = corrected_by_people(certain, torch.tensor([2]), torch.tensor([True]))
+    assert kept[:2].tolist() == [0.0, 1.0]
+    assert kept[2] > 0.5
+
+
+def test_a_moved_rate_stays_within_bounds_and_a_blind_one_stays():
+    rate = NoiseRate(0.2, 0.1, 0.3, 0.9, 0.95, is_blind=False)
+    assert [rate.moved(0.1).estimate, rate.moved(-0.5).low] == [pytest.approx(0.3), 0.0]
+    blind = NoiseRate(0.2, 0.0, 1.0, 0.9, 0.5, is_blind=True)
+    assert blind.moved(0.1) == blind

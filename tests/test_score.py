@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -7,17 +9,17 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import QUICK, Planted, inputs_of
+from planted import QUICK, Planted, inputs_of, planted_set
 
 from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
-from nc_audit.score import ask_neighbours, judge, look_around, look_up
+from nc_audit.score import ask_neighbours, judge, look_around, look_up, num_searched
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
-from nc_audit.train.self_paced import Trained
+from nc_audit.train.self_paced import Trained, train_robustly
 
 
 def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -94,6 +96,13 @@ def test_equal_vectors_are_no_better_matches():
     at = torch.arange(200)
     found = look_up(image, caption, at, at, 10_000, generator())
     assert found.rank.tolist() == [1] * 200
+
+
+def test_searches_are_bounded_where_very_many_ask():
+    settings = ScoreSection()  # type: ignore[call-arg]
+    none = torch.zeros(0, dtype=torch.long)
+    sizes = [num_searched(Pairs(none, none, num // 5, num), settings) for num in (300, 10**5, 10**6, 10**8)]
+    assert sizes == [300, 50_000, 10_000, 1_000]
 
 
 # --- neighbours
@@ -179,8 +188,8 @@ def held_out_of(trained: Trained, planted: Planted, whole_images: bool) -> HeldO
         trained.first.evidence,
         trained.folds.loss,
         trained.folds.distance,
-        planted.pairs,
         planted.pairs.image_N,
+        trained.swaps.image_N,
         whole_images,
         0,
     )
@@ -261,14 +270,44 @@ def test_the_same_seed_scores_alike(columns, trained, planted):
         assert torch.equal(values, columns[name]), name
 
 
-def test_under_whole_image_noise_the_held_out_evidence_decides(trained, planted):
-    rate, found = scored(trained.judgement(300), planted, whole_images=True)
-    held_out = held_out_of(trained, planted, True)
-    assert rate == held_out.rate
-    assert torch.equal(found["noise_probability"], held_out.posterior.given_N)
-    assert torch.equal(
-        found["noise_score"].argsort(stable=True), held_out.evidence.given_N.argsort(stable=True)
-    )
+def test_under_whole_image_noise_every_pair_speaks_for_its_image():
+    struck = planted_set(200, 3, 0.4, whole_images=True)
+    found = train_robustly(inputs_of(struck, QUICK, 300), QUICK)
+    rate, columns = scored(found.judgement(300), struck, whole_images=True)
+    for name in ("noise_score", "noise_probability"):
+        per_image = columns[name].view(200, 3)
+        torch.testing.assert_close(per_image, per_image[:, :1].expand(-1, 3))
+    score, noisy = columns["noise_score"], struck.is_noisy_N
+    held_out = held_out_of(found, struck, True).evidence.given_N
+    assert swaps_auroc(score[~noisy], score[noisy]) >= swaps_auroc(held_out[~noisy], held_out[noisy]) - 0.01
+    assert rate.low <= noisy.double().mean() <= rate.high
+
+
+def test_the_rate_is_the_mean_of_two_looks_and_its_interval_knows_how_they_differ(found, trained, planted):
+    rate, held_out = found[0], held_out_of(trained, planted, False)
+    other = 2 * rate.estimate - held_out.rate.estimate
+    assert rate.low < min(rate.estimate, (rate.estimate + other) / 2)
+    assert rate.high - rate.low >= abs(other - held_out.rate.estimate)
+
+
+@pytest.mark.parametrize(("blur", "gain"), [(0.5, 0.0), (2.0, -0.003), (None, -0.003)])
+def test_aligned_encoders_own_cosine_helps_or_does_no_harm(blur, gain):
+    # One space for both sides: good, poor, or of nothing but chance (None).
+    generator = torch.Generator().manual_seed(4)
+    base = planted_set(300, 3, 0.4)
+    own = torch.randn(300, 40, generator=generator)
+    caption = own.repeat_interleave(3, 0) + (blur or 0) * torch.randn(900, 40, generator=generator)
+    if blur is None:
+        own, caption = base.image_ID[:, :40], base.caption_CD
+    aligned = replace(base, image_ID=own, caption_CD=caption)
+    noisy, found = base.is_noisy_N, []
+    for scale in (None, 20.0):
+        inputs = replace(inputs_of(aligned, QUICK, 300), logit_scale=scale)
+        judgement = train_robustly(inputs, QUICK).judgement(300)
+        assert ("zero_shot_loss" in judgement.given) is (scale is not None)
+        score = scored(judgement, aligned)[1]["noise_score"]
+        found.append(swaps_auroc(score[~noisy], score[noisy]))
+    assert found[1] >= found[0] + gain
 
 
 def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):

@@ -16,7 +16,7 @@ import nc_audit
 PACKAGE = Path(nc_audit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods"}
+ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions"}
 """What every module may import, itself aside."""
 
 ALSO = {
@@ -31,6 +31,13 @@ ALSO = {
         "nc_audit.report.text",
         "nc_audit.report.joined",
         "nc_audit.report.summary",
+        "nc_audit.dataset.guard",
+    },
+    "review": {
+        "nc_audit.dataset",
+        "nc_audit.report.text",
+        "nc_audit.report.joined",
+        "nc_audit.tag",
     },
     "encoders": {"nc_audit.dataset", "nc_audit.dataset.images"},
     "tokens": {"nc_audit.embed", "nc_audit.encoders"},
@@ -62,14 +69,16 @@ NAMES = {
         "text",
     },
     ("encoders", "nc_audit.dataset"): {"decode_image"},
+    ("review", "nc_audit.dataset"): {"decode_image"},
     ("embed", "nc_audit.dataset"): {"decode_image"},
 }
 
 FOUNDATION = {
     "errors": set(),
     "schema": {"errors"},
-    "run": {"errors", "schema", ""},
+    "run": {"errors", "schema", "decisions", ""},
     "recipe": {"errors", "run"},
+    "decisions": {"errors"},
     "model": {"errors", "run", "methods"},
 }
 """What the modules that everybody may import may import themselves; "" is the package's own name and version."""

@@ -10,6 +10,7 @@ import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nc_audit.decisions import Decision
 from nc_audit.errors import RecipeError
 from nc_audit.pipeline import retag
 from nc_audit.run import Run
@@ -283,3 +284,67 @@ def test_retag_leaves_the_scores_alone(run):
     before = (run.path / "scores.parquet").read_bytes()
     retag(run, clean_at=0.0, noisy_at=0.1)
     assert (run.path / "scores.parquet").read_bytes() == before
+
+
+# --- what people decided
+
+
+def decision(pair_id: str, what: str, reviewer: str = "ann") -> Decision:
+    return Decision(pair_id, what, "new words" if what in ("fix", "rematch") else None, reviewer, "t")
+
+
+@given(strategies.probabilities, strategies.seeds)
+def test_people_win_over_the_model_and_leave_every_other_row_alone(probability, seed):
+    rng = np.random.default_rng(seed)
+    is_ok = rng.random(len(probability)) < 0.7
+    given_tables = tables(probability, is_ok)
+    decided = {
+        f"p{at}": decision(f"p{at}", str(rng.choice(["keep", "drop", "fix", "rematch"])))
+        for at in np.flatnonzero(rng.random(len(probability)) < 0.4)
+    } | {"stranger": decision("stranger", "drop")}
+    plain = tag_scores(*given_tables, Thresholds(0.2, 0.8)).to_pylist()
+    found = tag_scores(*given_tables, Thresholds(0.2, 0.8), decisions=decided)
+    check_table("tags", found)
+    for before, after in zip(plain, found.to_pylist(), strict=True):
+        one = decided.get(after["pair_id"])
+        if one is None or before["tag"] is None:
+            assert after == before
+        else:
+            assert after["tag"] == ("noisy" if one.decision == "drop" else "clean")
+            assert after["decided_by"] == "ann"
+
+
+def test_reasons_say_who_decided_and_what_the_model_said():
+    probability = np.array([0.9, 0.5, 0.1, 0.9, 0.9, 0.1])
+    decided = {
+        f"p{at}": decision(f"p{at}", what)
+        for at, what in enumerate(["keep", "keep", "keep", "drop", "fix", "rematch"])
+    }
+    found = tag_scores(*tables(probability), Thresholds(0.2, 0.8), decisions=decided)
+    assert found["reasons"].to_pylist() == [
+        ["kept by ann", "the model says noisy"],
+        ["kept by ann", "the model says ambiguous"],
+        ["kept by ann"],
+        ["dropped by ann"],
+        ["caption corrected by ann"],
+        ["caption corrected by ann"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "model"])
+def test_nobody_decides_in_the_model_s_name(name):
+    decided = {"p0": decision("p0", "drop", name)}
+    found = tag_scores(*tables(np.array([0.1, 0.1])), Thresholds(0.2, 0.8), decisions=decided)
+    assert found["decided_by"].to_pylist() == ["reviewer", "model"]
+
+
+def test_half_a_character_in_a_decision_breaks_nothing():
+    decided = {"p0": decision("p0", "drop", "a\ud800"), "p\udfff": decision("p\udfff", "drop")}
+    found = tag_scores(*tables(np.array([0.1, 0.1])), Thresholds(0.2, 0.8), decisions=decided)
+    assert found["decided_by"].to_pylist() == ["a\\ud800", "model"]
+
+
+def test_a_budget_does_not_take_a_decision_back():
+    decided = {"p0": decision("p0", "keep")}
+    found = tag_scores(*tables(np.array([0.9, 0.8])), Thresholds(0.2, 0.8), budget=1.0, decisions=decided)
+    assert found["tag"].to_pylist() == ["clean", "noisy"]

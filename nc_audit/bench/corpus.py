@@ -146,7 +146,7 @@ class Corpus:
 
     def corrupted(self, injected: Injected) -> Corrupted:
         """The pairs that a tool would be given after the injection, embedded."""
-        folded = self.fold(self.image_N, injected.captions)
+        folded = self.fold(self._images_of(injected), injected.captions)
         num = len(folded.pair_ids)
         noise, changed = np.zeros(num, bool), np.zeros(num, bool)
         noise[folded.row_pair] = injected.known_noise
@@ -162,6 +162,10 @@ class Corpus:
             torch.from_numpy(vectors),
             encoder,
         )
+
+    def _images_of(self, injected: Injected) -> np.ndarray:
+        """Image of each row after the injection, among all images of the corpus."""
+        return np.unique(self.image_N)[injected.image_N]
 
     def test_set(self, text_encoder: TextEncoder) -> Split:
         """The clean pairs of the test split, captions embedded by the encoder of the training ones."""
@@ -216,12 +220,13 @@ class Corpus:
         )
 
     def table(self, injected: Injected) -> pa.Table:
-        """The injected rows as a dataset: image, caption, known_noise, original_caption."""
+        """The injected rows as a dataset: image, caption, known_noise, original_image, original_caption."""
         return pa.table(
             {
-                "image": [self.names[at] for at in self.image_N.tolist()],
+                "image": [self.names[at] for at in self._images_of(injected).tolist()],
                 "caption": injected.captions,
                 "known_noise": injected.known_noise,
+                "original_image": [self.names[at] for at in self.image_N.tolist()],
                 "original_caption": self.captions,
             }
         )

@@ -3,7 +3,7 @@
 The kinds are not interchangeable, and figures of one are not to be compared with figures of another:
 
     caption    rows are chosen and exchange their captions; images keep most of their captions
-    image      images are chosen and exchange all their captions, so that an image's captions agree with each other
+    image      images are chosen and exchange all their captions, however many, so that those of an image agree
     donor      chosen rows copy the caption of a random other row, which keeps its own
     class      as caption, within the image's class: the hardest kind, many such captions nearly fit
     block      one run of rows, in the order given, has its captions shifted by a constant, as by a join that slipped
@@ -31,6 +31,8 @@ from nc_audit.dataset import normalise_caption
 from nc_audit.errors import RecipeError, nearest
 
 KINDS = ("caption", "image", "donor", "class", "block", "truncated", "mixture")
+RULES = {"image": 2, "mixture": 2}
+"""Version of a kind's rule, where it is not the first: figures of different rules are not of the same noise."""
 MAX_RATE = 0.95
 
 _WORD = re.compile(r"\S*[^\W_]\S*")
@@ -43,13 +45,16 @@ class Injected:
 
     Attributes:
         captions: one per row, N of them.
+        image_N: image of each row, int64 [N]; the given one unless whole images exchanged their captions.
         known_noise: bool [N], True where the caption is none of the image's own original captions. Its mean is the
             realised rate.
-        changed: bool [N], True where the caption is not the row's original one, to the letter; every noisy row is.
+        changed: bool [N], True where the row's image or caption, to the letter, is not the original one; every noisy
+            row is.
         donor: int64 [N], row whose original caption this row carries, whole or cut; its own where nothing moved.
     """
 
     captions: list[str]
+    image_N: np.ndarray
     known_noise: np.ndarray
     changed: np.ndarray
     donor: np.ndarray
@@ -121,7 +126,7 @@ def inject(
     if kind == "caption":
         rows.exchange(donor, rows.random_order()[:num_chosen])
     elif kind == "image":
-        rows.exchange_images(donor, rate)
+        rows.exchange_images(rate)
     elif kind == "donor":
         rows.copy(donor, rows.random_order()[:num_chosen])
     elif kind == "class":
@@ -129,7 +134,7 @@ def inject(
     elif kind == "block":
         rows.shift(donor, num_chosen)
     elif kind == "mixture":
-        hit = rows.exchange_images(donor, rate / 2)
+        hit = rows.exchange_images(rate / 2)
         spared = rows.random_order()
         rows.exchange(donor, spared[~hit[spared]][: num_chosen - round(rate / 2 * len(captions))])
     for row in np.flatnonzero(donor != np.arange(len(donor))).tolist():
@@ -139,8 +144,10 @@ def inject(
             new[row] = _cut(captions[row], rows.rng.uniform(0.25, 0.5))
     return Injected(
         new,
+        rows.image_N,
         np.array([not rows.is_own(row, caption) for row, caption in enumerate(new)], dtype=bool),
-        np.array([one != other for one, other in zip(new, captions, strict=True)], dtype=bool),
+        np.array([one != other for one, other in zip(new, captions, strict=True)], dtype=bool)
+        | (rows.image_N != np.asarray(images)),
         donor,
     )
 
@@ -193,26 +200,26 @@ class _Rows:
         low, high = (most, length - most) if 2 * most <= length else (1, length - 1)
         donor[block] = np.roll(block, -int(self.rng.integers(low, high + 1)))
 
-    def exchange_images(self, donor: np.ndarray, rate: float) -> np.ndarray:
-        """Chosen images exchange their captions among those with as many; which rows that touches, bool [N].
+    def exchange_images(self, rate: float) -> np.ndarray:
+        """Chosen images exchange their captions, whole sets of any size; which rows that moved, bool [N].
 
-        Captions stay whole sets, so an image can only trade with one that has as many captions. Images that are
-        alone with their number are not chosen.
+        It is the rows' images that change. Were images to trade with those of as many captions only, wrong captions
+        would come from images of like classes, and be harder to tell than whole-image noise is.
         """
         rows_of: defaultdict[int, list[int]] = defaultdict(list)
         for row, image in enumerate(self.image_N.tolist()):
             rows_of[image].append(row)
         images = sorted(rows_of)
-        own_of = {image: {self.normalised[row] for row in rows_of[image]} for image in images}
-        order = [images[at] for at in self.rng.permutation(len(images)).tolist()]
-        hit = np.zeros(len(donor), dtype=bool)
-        size_of = {image: len(rows) for image, rows in rows_of.items()}
-        for group in _tradable(order, size_of, round(rate * len(images))):
-            own = [own_of[image] for image in group]
-            moved = _deranged(len(group), partial(_overlap, own), self.rng)
-            for image, other in zip(group, moved.tolist(), strict=True):
-                donor[rows_of[image]] = rows_of[group[other]]
-                hit[rows_of[image]] = True
+        chosen = [
+            images[at] for at in self.rng.permutation(len(images))[: round(rate * len(images))].tolist()
+        ]
+        own = [{self.normalised[row] for row in rows_of[image]} for image in chosen]
+        moved = _deranged(len(chosen), partial(_overlap, own), self.rng)
+        image_N = self.image_N.copy()
+        for image, other in zip(chosen, moved.tolist(), strict=True):
+            image_N[rows_of[chosen[other]]] = image
+        hit = image_N != self.image_N
+        self.image_N = image_N
         return hit
 
     def class_of_rows(self, classes: Sequence[int] | None) -> np.ndarray:
@@ -249,30 +256,6 @@ def _deranged(num: int, keeps: Callable[[int, int], bool], rng: np.random.Genera
                     order[[place, other]] = order[[other, place]]
                     break
     return order
-
-
-def _tradable(order: list[int], size_of: dict[int, int], num_chosen: int) -> list[list[int]]:
-    """The first images of an order, in groups of equal size and two members or more.
-
-    Args:
-        order: images by lot.
-        size_of: number of captions of each.
-        num_chosen: how many to choose; one more or fewer where a group would be left with a single member.
-    """
-    waiting: dict[int, int] = {}
-    groups: defaultdict[int, list[int]] = defaultdict(list)
-    num = 0
-    for image in order:
-        size = size_of[image]
-        if size in groups and num < num_chosen:
-            groups[size].append(image)
-            num += 1
-        elif size not in groups and size in waiting and num_chosen - num >= 2:
-            groups[size] += [waiting.pop(size), image]
-            num += 2
-        elif size not in groups:
-            waiting.setdefault(size, image)
-    return [groups[size] for size in sorted(groups)]
 
 
 def _cut(caption: str, share: float) -> str:

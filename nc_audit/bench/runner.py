@@ -22,7 +22,7 @@ import torch
 from nc_audit import __version__
 from nc_audit.bench.corpus import Corpus, Corrupted, Split
 from nc_audit.bench.downstream import downstream
-from nc_audit.bench.inject import KINDS, MAX_RATE
+from nc_audit.bench.inject import KINDS, MAX_RATE, RULES
 from nc_audit.bench.measure import NEED_TRUSTED, Verdict, detection, run_recipe
 from nc_audit.bench.retrieval import recall_at_k
 from nc_audit.dataset import ImageStore, load_pairs
@@ -206,7 +206,8 @@ def bench(
         watch.progress("bench", done, len(jobs))
         kind, rate, seed = cell
         recipe = layers.recipe(spec, seed)
-        key = digest_of([__version__, data, plan.facts(), *cell, *_what_counts(recipe, grid)])
+        rule = [RULES[kind]] if kind in RULES else []
+        key = digest_of([__version__, data, plan.facts(), *cell, *rule, *_what_counts(recipe, grid)])
         if key not in known:
             if made is None or made[0] != cell:
                 injected = corpus.inject(kind if kind != "none" else "caption", rate, seed)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nc_audit.dataset.extras import scalars_of
 from nc_audit.dataset.rows import BATCH_ROWS, Batch, caption_of, counted, flag_of, text_of
 from nc_audit.errors import DatasetError
 
@@ -19,6 +20,8 @@ _BOMS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _CHUNK = 1 << 20
+_USED_OF_IMAGE = {"filename", "file_name", "filepath", "split", "known_noise"}
+_USED_OF_CAPTION = {"raw", "caption", "known_noise"}
 
 
 def encoding_of(path: Path, notes: list[str]) -> str:
@@ -130,6 +133,8 @@ def read_karpathy(value: Any, source: str, split: str | None, notes: list[str]) 
             noise = sentence.get("known_noise") if isinstance(sentence, dict) else None
             noise = image.get("known_noise") if noise is None else noise
             at = batch.add(name, caption_of(sentence), text_of(image.get("split")) or split, flag_of(noise))
+            if extras := scalars_of(image, _USED_OF_IMAGE) | scalars_of(sentence, _USED_OF_CAPTION):
+                batch.extras[at] = extras
             if name is None:
                 batch.image_remarks[at] = f"images[{position}] names no file"
             if batch.caption[at] is None:
@@ -175,6 +180,8 @@ def read_coco(value: Any, source: str, split: str | None, notes: list[str]) -> I
         at = batch.add(
             name, caption_of(annotation.get("caption")), text_of(image.get("split")) or split, flag_of(noise)
         )
+        if extras := scalars_of(image, _USED_OF_IMAGE) | scalars_of(annotation, _USED_OF_CAPTION):
+            batch.extras[at] = extras
         if known is None:
             batch.image[at] = f"image_id {key}"
             batch.image_remarks[at] = (

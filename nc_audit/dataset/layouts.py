@@ -19,12 +19,13 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from nc_audit.dataset import captions_json, shards, tables
+from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
 from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
 from nc_audit.errors import DatasetError
@@ -138,11 +139,16 @@ def read_file(
 
 
 def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
+    exported = _export_of_ours(folder, options)
+    if exported:
+        return _planned(folder, exported, ["an export of nc-audit, which names its files and their splits"])
     problems: list[DatasetError] = []
     unfit: list[DatasetFile] = []
+    lists = {folder / name for name in lists_of(folder)}
     for level, below in itertools.pairwise(itertools.chain(_levels(folder), [[]])):
         metadata = [path for path in below if path.stem.lower() == "metadata"]
-        found, others = _sniff_all(folder, level + metadata, options, problems, unfit)
+        candidates = [path for path in level + metadata if path not in lists]
+        found, others = _sniff_all(folder, candidates, options, problems, unfit)
         if found:
             return _chosen(folder, found, others)
     if len({family_of(file.source) for file in unfit}) == 1:
@@ -152,6 +158,17 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     raise DatasetError(
         f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
     )
+
+
+def _export_of_ours(folder: Path, options: LoadOptions) -> list[DatasetFile]:
+    """The files of an export of ours in its order; none for another folder, or where one is no form known here."""
+    files = []
+    for name, split in data_files(folder):
+        file = _sniff(folder / name, name, options)
+        if file is None:
+            return []
+        files.append(replace(file, split=split))
+    return files
 
 
 def _levels(folder: Path) -> Iterator[list[Path]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nc_audit.dataset.extras import append_extras
 from nc_audit.dataset.ids import content_id, normalise_caption, says_nothing
 from nc_audit.dataset.images import Found, ImageFinder, fingerprint
 from nc_audit.dataset.layouts import DatasetFile, Plan, read_file, recognise
@@ -248,7 +249,7 @@ def _fingerprints(paths: list[str], progress: Progress | None) -> dict[str, tupl
 
 
 def _table(rows: Batch, sources: list[str], images: list[_Image], row_image: np.ndarray) -> pa.Table:
-    """The `pairs` table; see `schema.PAIRS`."""
+    """The `pairs` table; see `schema.PAIRS`. Other columns of the input follow."""
     num_rows = len(rows)
     caption_ids, caption_status, caption_code = _captions_of(rows)
     at = pa.array(row_image)
@@ -279,7 +280,7 @@ def _table(rows: Batch, sources: list[str], images: list[_Image], row_image: np.
         "duplicate_of": duplicate_of,
         "known_noise": pa.array(rows.known_noise, pa.bool_()),
     }
-    return pa.table(columns, schema=PAIRS)
+    return append_extras(pa.table(columns, schema=PAIRS), rows.extras)
 
 
 def _captions_of(rows: Batch) -> tuple[list[str], pa.Array, np.ndarray]:

@@ -45,7 +45,8 @@ class Batch:
     """Consecutive rows of one file, column by column.
 
     `image_remarks` and `caption_remarks` say, by position in the batch, why a row has no image or no caption;
-    an image with a remark is not looked for. `embedded` holds, by position, the images inside the file.
+    an image with a remark is not looked for. `embedded` holds, by position, the images inside the file;
+    `extras` the values of the input's other columns.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Batch:
     image_remarks: dict[int, str] = field(default_factory=dict)
     caption_remarks: dict[int, str] = field(default_factory=dict)
     embedded: dict[int, Embedded] = field(default_factory=dict)
+    extras: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -78,6 +80,7 @@ class Batch:
         self.image_remarks.update((at + shift, remark) for at, remark in other.image_remarks.items())
         self.caption_remarks.update((at + shift, remark) for at, remark in other.caption_remarks.items())
         self.embedded.update((at + shift, held) for at, held in other.embedded.items())
+        self.extras.update((at + shift, values) for at, values in other.extras.items())
 
     def take(self, positions: list[int]) -> Batch:
         """The rows at these positions."""
@@ -95,6 +98,7 @@ class Batch:
             kept(self.image_remarks),
             kept(self.caption_remarks),
             kept(self.embedded),
+            kept(self.extras),
         )
 
 

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nc_audit.dataset.captions_json import encoding_of, parse_json
+from nc_audit.dataset.extras import extra_names, scalar_columns
+from nc_audit.dataset.guard import is_guarded, unguard
 from nc_audit.dataset.ids import content_id
 from nc_audit.dataset.images import bytes_of, embedded_columns, header_problem
 from nc_audit.dataset.rows import (
@@ -207,8 +209,17 @@ def read_delimited(
             header = next((cells for cells in reader if cells), None)
             if header is None:
                 raise DatasetError(f"{source} is empty", "it needs a header line with the columns' names")
+            guarded = is_guarded(path)
+            if guarded:
+                header = [unguard(name) for name in header]
+                notes.append(
+                    f"{source} is an export of nc-audit; its apostrophes before formulas are not read"
+                )
             columns = choose_columns(header, source, options, notes, prefer=prefer)
-            yield from _delimited_rows(reader, lines, header, columns, delimiter, source, split, counts)
+            extras = extra_names(header, columns.used, source, notes)
+            yield from _delimited_rows(
+                reader, lines, header, columns, delimiter, source, split, counts, guarded, extras
+            )
         except csv.Error as problem:
             raise DatasetError(
                 f"{source} line {reader.line_num + 1:,}: {problem}", "repair the line"
@@ -242,12 +253,15 @@ def _delimited_rows(
     source: str,
     split: str | None,
     counts: Counts,
+    guarded: bool = False,
+    extras: Sequence[str] = (),
 ) -> Iterator[Batch]:
     width = len(header)
     image_at = header.index(columns.image)
     captions_at = [header.index(name) for name in columns.captions]
     split_at = header.index(columns.split) if columns.split is not None else None
     noise_at = header.index(columns.known_noise) if columns.known_noise is not None else None
+    extras_at = [(name, header.index(name)) for name in extras]
     batch, line, record = Batch(source), len(lines.record), lines.record
     lines.record = []
     for found in reader:
@@ -255,7 +269,7 @@ def _delimited_rows(
         first, line = line + 1, line + len(record)
         if not found:
             continue
-        cells: list[str | None] = list(found)
+        cells: list[str | None] = [unguard(cell) for cell in found] if guarded else list(found)
         if len(record) > 1:
             counts.add("broken_lines", first)
         if len(cells) > width and any(cells[width:]):
@@ -277,7 +291,9 @@ def _delimited_rows(
         captions: list[str | None] = []
         for at in captions_at:
             caption = cells[at]
-            if caption and caption[0] in "[ " and (listed := list_in(caption)) is not None:
+            # An export of ours has one caption in a cell, whatever it looks like.
+            is_list = not guarded and caption and caption[0] in "[ "
+            if is_list and caption and (listed := list_in(caption)) is not None:
                 counts.add("lists", first)
                 captions += captions_of(listed)
             elif len(captions_at) > 1 and not (caption and caption.strip()):
@@ -286,6 +302,8 @@ def _delimited_rows(
                 captions.append(caption)
         for caption in captions or [None]:
             row = batch.add(image, caption, row_split, noise)
+            if extras_at:
+                batch.extras[row] = {name: cells[at] for name, at in extras_at}
             if image is None:
                 batch.image_remarks[row] = f"line {first:,} has {len(found):,} of {width:,} cells"
             if caption is None:
@@ -431,6 +449,7 @@ def _record_rows(
     if not names:
         raise DatasetError(f"{source} holds no records", "each needs an image and a caption")
     columns = choose_columns(names, source, options, notes, prefer=prefer)
+    extras = extra_names(names, columns.used, source, notes)
     batch, counts = Batch(source), Counts()
     try:
         for number, record in records:
@@ -444,6 +463,8 @@ def _record_rows(
             row_split = (text_of(record.get(columns.split)) if columns.split else None) or split
             for caption in captions:
                 row = batch.add(text_of(image), caption, row_split, noise)
+                if extras:
+                    batch.extras[row] = {name: record.get(name) for name in extras}
                 if image is None:
                     batch.image_remarks[row] = f"{word} {number:,} has no {columns.image}"
                 if caption is None:
@@ -518,6 +539,7 @@ def read_parquet(
     embedded = embedded_columns(schema)
     columns = choose_columns(schema.names, source, options, notes, embedded, prefer)
     has_bytes = columns.image in embedded
+    extras = extra_names(scalar_columns(schema), columns.used, source, notes)
     if options.split is not None and columns.split is None and split != options.split:
         yield Batch(
             source, [None], [None], [split], [None]
@@ -532,9 +554,9 @@ def read_parquet(
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
             size = _EMBEDDED_ROWS if has_bytes else BATCH_ROWS
-            for table in file.iter_batches(size, columns=columns.used, use_threads=False):
+            for table in file.iter_batches(size, columns=[*columns.used, *extras], use_threads=False):
                 yield _parquet_batch(
-                    table, columns, has_bytes, source, split, options, uri, start, is_inside, counts
+                    table, columns, extras, has_bytes, source, split, options, uri, start, is_inside, counts
                 )
                 start += len(table)
                 if on_rows:
@@ -550,6 +572,7 @@ def read_parquet(
 def _parquet_batch(
     table: pa.RecordBatch,
     columns: Columns,
+    extras: Sequence[str],
     has_bytes: bool,
     source: str,
     split: str | None,
@@ -565,6 +588,7 @@ def _parquet_batch(
     captions = [_values(table.column(name)) for name in columns.captions]
     splits = _split_values(table.column(columns.split)) if columns.split else None
     noises = _values(table.column(columns.known_noise)) if columns.known_noise else None
+    others = [(name, _values(table.column(name))) for name in extras]
     batch = Batch(source)
     for at in range(len(table)):
         row_split = (splits[at] if splits else None) or split
@@ -583,6 +607,8 @@ def _parquet_batch(
         name = names[at] or (f"{source}#{number}" if held else None)
         for caption in _captions_in([values[at] for values in captions], number + 1, counts):
             row = batch.add(name, caption, row_split, noise)
+            if others:
+                batch.extras[row] = {other: values[at] for other, values in others}
             if held:
                 batch.embedded[row] = held
             elif name is None:

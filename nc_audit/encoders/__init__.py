@@ -9,7 +9,8 @@ How a caller goes about it, cheap steps first:
     embed.embed_images(image_encoder, ...), embed.embed_captions(text_encoder, ...)
 
 Specs: `open_clip:MODEL/PRETRAINED`, `open_clip:MODEL@FILE`, `open_clip:hf-hub:OWNER/NAME` (both sides), `timm:MODEL`
-(images), `patches` (images), `tfidf` (captions), `builtin` (`patches` + `tfidf`), `auto`.
+(images), `patches` (images), `tfidf` (captions), `st:MODEL_OR_FOLDER` (captions, an extra), `builtin` (`patches` +
+`tfidf`), `auto`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BUILTIN_COST = (
     "1,000 images expect less, and give --encoder open_clip:MODEL@FILE where you can"
 )
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
-TEXT_SPECS = ("open_clip:", "tfidf")
+TEXT_SPECS = ("open_clip:", "tfidf", "st:")
 PAIR_SPECS = ("auto", "builtin", "open_clip:")
 
 
@@ -158,6 +159,8 @@ class EncoderPlan:
         for side in ("image", "text"):
             model, at, file = facts[side].partition("@")
             facts[side] = model + at + Path(file).name
+            if facts[side].startswith("st:") and Path(facts[side].removeprefix("st:")).is_dir():
+                facts[side] = "st:" + Path(facts[side].removeprefix("st:")).name
         return facts
 
 
@@ -245,8 +248,10 @@ def _both_sides(encoder: str, notes: list[str]) -> tuple[str, str]:
         raise EncoderError(
             f"{encoder} encodes images only", f"--image-encoder {encoder} --text-encoder tfidf"
         )
-    if encoder == "tfidf":
-        raise EncoderError("tfidf encodes captions only", "--image-encoder patches --text-encoder tfidf")
+    if encoder == "tfidf" or encoder.startswith("st:"):
+        raise EncoderError(
+            f"{encoder} encodes captions only", f"--image-encoder patches --text-encoder {encoder}"
+        )
     raise EncoderError(
         f"unknown encoder {encoder!r}", nearest(encoder, sorted({*PAIR_SPECS, *IMAGE_SPECS, *TEXT_SPECS}))
     )
@@ -301,6 +306,10 @@ def _check(spec: str, file: Path | None, side: str) -> None:
         from nc_audit.encoders import timm_tower
 
         timm_tower.check_spec(spec)
+    elif spec.startswith("st:") and side == "text":
+        from nc_audit.encoders import sentence_tower
+
+        sentence_tower.check_spec(spec)
     elif spec not in known or spec.endswith(":"):
         raise EncoderError(f"unknown {side} encoder {spec!r}", nearest(spec, known))
 
@@ -336,6 +345,10 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
         from nc_audit.encoders.open_clip_towers import OpenClipModel
 
         text = OpenClipModel(plan.text, plan.text_weights, plan).text_encoder()
+    elif plan.text.startswith("st:"):
+        from nc_audit.encoders.sentence_tower import SentenceEncoder
+
+        text = SentenceEncoder(plan)
     else:
         from nc_audit.encoders.tfidf import Tfidf
 

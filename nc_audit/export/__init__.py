@@ -1,7 +1,7 @@
 """Stage 7, export: the pairs of a run as a dataset that other training pipelines read as it is.
 
 Every input row is exported or listed in `dropped.csv` with the reason; the counts reconcile or the export fails. A
-format is one module with one writer; what is kept, the card and the folder are the same for all of them.
+format is one writer; what is kept, the lists, the card and the folder are the same for all of them.
 """
 
 from __future__ import annotations
@@ -9,29 +9,93 @@ from __future__ import annotations
 import csv
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from nc_audit import __version__
 from nc_audit.errors import DatasetError, RunError, nearest
+from nc_audit.export.captions_json import write_coco, write_karpathy
 from nc_audit.export.card import CardFacts, card
+from nc_audit.export.croissant import croissant
+from nc_audit.export.datacomp import write_datacomp
 from nc_audit.export.folder import check_place, replacing_folder, write_marker
+from nc_audit.export.hub import write_hub
 from nc_audit.export.parquet import write_shards
-from nc_audit.export.plan import DROPPED, UNREADABLE, Written, plan_export
+from nc_audit.export.plan import DROPPED, UNREADABLE, Plan, Written, plan_export
+from nc_audit.export.rows import short_floats
+from nc_audit.export.tables import write_csv, write_imagefolder, write_jsonl
+from nc_audit.export.webdataset import write_webdataset
 from nc_audit.report import check_tags, count_values, summary
 from nc_audit.report.text import csv_cell, plain
 from nc_audit.run import Run
 
-__all__ = ["FORMATS", "ExportResult", "export_run"]
+__all__ = ["FORMATS", "ExportDefaults", "ExportResult", "Format", "export_run", "recipe_defaults"]
 
-# A writer takes the kept rows, an empty folder, a reader of images, `with_splits` and `progress`.
-FORMATS: dict[str, Callable[..., Written]] = {"parquet": write_shards}
+
+@dataclass(frozen=True)
+class Format:
+    """A format: its writer, what a card says of it, and what it can carry.
+
+    Attributes:
+        write: takes the kept rows, an empty folder, a reader of images, `with_splits` and `progress`.
+        about: what is in the folder and how to read it, as Markdown.
+        carries_captions: whether it holds captions and weights, not ids alone.
+    """
+
+    write: Callable[..., Written]
+    about: str
+    carries_captions: bool = True
+
+
+FORMATS = {
+    "parquet": Format(
+        write_shards,
+        "Parquet shards in `data/` with the image files inside; `datasets.load_dataset` reads this folder.",
+    ),
+    "imagefolder": Format(
+        write_imagefolder,
+        "A folder per split with image files and `metadata.jsonl`, whose `file_name` is relative to it; "
+        "`datasets.load_dataset` reads this folder. Texts without a value are empty.",
+    ),
+    "webdataset": Format(
+        write_webdataset,
+        "Tar shards in `data/`: the image, `.txt` (the caption) and `.json` (all columns) of a pair share a number, "
+        "the row. `webdataset.WebDataset` reads the shards; `datasets.load_dataset` reads this folder where all images "
+        "are of one kind. Texts without a value are empty.",
+    ),
+    "coco": Format(
+        write_coco,
+        "`annotations/captions*.json`, one for each split, and `images/`; "
+        "`torchvision.datasets.CocoCaptions(root='images', annFile=...)` reads them. `id` of an annotation counts "
+        "the pairs from 1, `content_id` of an image is its `image_id` in the run.",
+    ),
+    "karpathy": Format(
+        write_karpathy,
+        "`dataset.json`, an entry for each image and split with its sentences, and `images/`. Sentences of an image "
+        "stand together; `row` is the place of each in the input.",
+    ),
+    "csv": Format(
+        write_csv,
+        "`captions.csv` (UTF-8, quoted as RFC 4180 says) and `images/`. A cell that a spreadsheet would run as a "
+        "formula (it begins with =, +, -, @, a tab or a line break, perhaps after apostrophes) has one apostrophe "
+        "more in front; take one away to have it exactly. `nc-audit score` on this folder does so.",
+    ),
+    "jsonl": Format(write_jsonl, "`captions.jsonl`, an object for each pair, and `images/`."),
+    "datacomp": Format(
+        write_datacomp,
+        "`uids*.npy`: the distinct ids of the kept pairs, sorted, numpy dtype `u8,u8`, as DataComp's resharder takes "
+        "them. They are the input's `uid` where every row has one of 32 hexadecimal digits, else the `pair_id`.",
+        carries_captions=False,
+    ),
+    "hf": Format(write_hub, "A folder for `datasets.load_from_disk`, with the images inside."),
+}
+
+DROPPED_LIST, CHANGES_LIST = "dropped.csv", "rematches.csv"
 
 _CACHE_BYTES = 64 << 20
 
@@ -47,6 +111,7 @@ class ExportResult:
         dropped: rows dropped, by reason.
         num_rematched: exported rows whose caption was replaced.
         files: every file below `out`, relative names.
+        notes: what the user should know.
     """
 
     out: Path
@@ -55,6 +120,25 @@ class ExportResult:
     dropped: dict[str, int]
     num_rematched: int
     files: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ExportDefaults:
+    """What an export does when the command does not say: the section `[export]` of the run's recipe."""
+
+    format: str = "parquet"
+    drop: tuple[str, ...] = ()
+    reweight: bool = False
+
+
+def recipe_defaults(run: Run) -> ExportDefaults:
+    """The defaults by the recipe that a run was scored with."""
+    recipe = run.manifest.get("recipe") or {}
+    section = (recipe.get("settings") or {}).get("export") or {}
+    return ExportDefaults(
+        section.get("format", "parquet"), tuple(section.get("drop", ())), bool(section.get("reweight", False))
+    )
 
 
 def export_run(
@@ -76,8 +160,9 @@ def export_run(
         out: the folder to make. An earlier export there is replaced as a whole.
         format: one of FORMATS.
         drop: tags to leave out. Rows whose status is not ok are always left out: there is no pair to train on.
-        reweight: add the column `weight`, 0..1, 1 - noise_probability.
-        rematch: give noisy pairs the caption that fits better, where there is one; each change is listed.
+        reweight: add `weight`, 0..1: 1 - noise_probability, or what people decided.
+        rematch: give pairs the caption of the row that the run found to fit, where it is confident; each change is
+            listed in `rematches.csv`, as are captions that people corrected.
         overwrite: replace `out` even when it holds other files; they are deleted.
         read_image: the bytes of an image by its image_uri; OSError or ValueError (so also our DatasetError) where
             there are none any more, which drops the row.
@@ -89,10 +174,18 @@ def export_run(
     """
     if format not in FORMATS:
         raise DatasetError(f"unknown export format {plain(format)!r}", nearest(format, list(FORMATS)))
+    form = FORMATS[format]
+    for is_asked, option, what in ((reweight, "--reweight", "weights"), (rematch, "--rematch", "captions")):
+        if is_asked and not form.carries_captions:
+            raise DatasetError(
+                f"{option}: {format} is a list of ids, which cannot carry {what}", "take another --format"
+            )
     drop = check_tags(drop, "drop")
     check_place(out, overwrite=overwrite, keep=_kept_places(run))
     before = summary(run)
-    plan = plan_export(run, drop=drop, reweight=reweight, rematch=rematch)
+    plan = plan_export(
+        run, drop=drop, reweight=reweight, rematch=rematch, carries_captions=form.carries_captions
+    )
     if not plan.kept.num_rows:
         raise DatasetError(
             _nothing_left(_by_reason(plan.dropped)), "drop fewer tags, or audit a dataset with usable pairs"
@@ -100,8 +193,8 @@ def export_run(
 
     with replacing_folder(out) as folder:
         read = _Reader(read_image).read
-        written = FORMATS[format](plan.kept, folder, read, with_splits=plan.with_splits, progress=progress)
-        kept, dropped = _without(plan.kept, plan.dropped, written.unreadable)
+        written = form.write(plan.kept, folder, read, with_splits=plan.with_splits, progress=progress)
+        dropped = _with_unreadable(plan, written.unreadable)
         reasons = _by_reason(dropped)
         num_kept = sum(written.num_rows.values())
         if not num_kept:
@@ -109,24 +202,16 @@ def export_run(
                 _nothing_left(reasons) + f"; first problem: {plain(next(iter(written.unreadable.values())))}",
                 "put the images back where they were when the run was scored",
             )
-        if not num_kept == kept.num_rows == before["rows"] - dropped.num_rows:
+        expected = plan.kept.num_rows - len(written.unreadable)
+        if not num_kept == expected == before["rows"] - dropped.num_rows:
             raise RunError(
                 f"counts disagree: {before['rows']:,} rows, {num_kept:,} written, {dropped.num_rows:,} dropped",
                 "this is a fault of nc-audit; please report it",
             )
-        _write_csv(folder / "dropped.csv", dropped, DROPPED.names)
-        changed = kept.filter(pc.is_valid(kept["original_caption"])) if rematch else kept.slice(0, 0)
-        if rematch:
-            names = [
-                "row",
-                "pair_id",
-                "image",
-                "original_caption",
-                "caption",
-                "best_caption_margin",
-                "noise_probability",
-            ]
-            _write_csv(folder / "rematched.csv", changed, names)
+        _write_csv(folder / DROPPED_LIST, dropped)
+        changes = plan.changes.filter(pc.invert(_is_among(plan.changes["row"], written.unreadable)))
+        if rematch or changes.num_rows:
+            _write_csv(folder / CHANGES_LIST, changes)
         recipe = run.manifest.get("recipe") or {}
         options = {"drop": drop, "reweight": reweight, "rematch": rematch}
         facts = CardFacts(
@@ -134,6 +219,7 @@ def export_run(
             dataset=_name_of(before["dataset"] or run.path),
             recipe=f"{recipe.get('name', 'unknown')} (digest {recipe.get('digest', 'unknown')})",
             options=[f"drop {tag}" for tag in drop] + [n for n in ("reweight", "rematch") if options[n]],
+            about=form.about,
             rows=before["rows"],
             kept=num_kept,
             status=before["status"],
@@ -141,10 +227,15 @@ def export_run(
             noise_rate=before["noise_rate"],
             dropped=reasons,
             splits=written.num_rows,
+            hub=written.hub,
             columns=written.columns,
-            num_rematched=changed.num_rows,
+            num_rematched=changes.num_rows,
+            num_decided=plan.num_decided,
+            changes_list=CHANGES_LIST if rematch or changes.num_rows else None,
         )
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
+        described = croissant(facts, folder, plan.kept.schema)
+        (folder / "croissant.json").write_text(described, encoding="utf-8")
         write_marker(
             folder,
             tool=__version__,
@@ -155,10 +246,12 @@ def export_run(
             rows=before["rows"],
             kept=num_kept,
             dropped=reasons,
-            rematched=changed.num_rows,
+            rematched=changes.num_rows,
+            data=[{"file": file, "split": split} for file, split in written.data.items()],
         )
+        notes = [*plan.notes, *written.notes]
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return ExportResult(out, before["rows"], num_kept, reasons, changed.num_rows, files)
+    return ExportResult(out, before["rows"], num_kept, reasons, changes.num_rows, files, notes)
 
 
 class _Reader:
@@ -191,22 +284,22 @@ def _kept_places(run: Run) -> list[Path]:
     return places
 
 
-def _without(kept: pa.Table, dropped: pa.Table, unreadable: dict[int, str]) -> tuple[pa.Table, pa.Table]:
-    """The two tables after the rows that could not be read moved from the first to the second."""
+def _with_unreadable(plan: Plan, unreadable: dict[int, str]) -> pa.Table:
+    """The dropped rows with those whose image could not be read, captions as the dataset gives them."""
     if not unreadable:
-        return kept, dropped
-    is_gone = pc.is_in(kept["row"], value_set=pa.array(unreadable, pa.int64()))
-    gone = kept.filter(is_gone)
+        return plan.dropped
+    gone = plan.kept.filter(_is_among(plan.kept["row"], unreadable))
     detail = pa.array([unreadable[row] for row in gone["row"].to_pylist()], pa.string())
     why = pa.array([UNREADABLE] * gone.num_rows, pa.string())
-    if "original_caption" in gone.column_names:
-        caption = pc.coalesce(gone["original_caption"], gone["caption"])
-        gone = gone.set_column(gone.column_names.index("caption"), "caption", caption)
+    at = pc.index_in(gone["row"], value_set=plan.changes["row"].combine_chunks())
+    caption = pc.if_else(pc.is_valid(at), plan.changes["old_caption"].take(at), gone["caption"])
+    gone = gone.set_column(gone.column_names.index("caption"), "caption", caption)
     gone = gone.append_column("why", why).append_column("detail", detail).select(DROPPED.names).cast(DROPPED)
-    together = pa.concat_tables([dropped, gone])
-    return kept.filter(pc.invert(is_gone)), together.take(
-        np.argsort(together["row"].to_numpy(), kind="stable")
-    )
+    return pa.concat_tables([plan.dropped, gone]).sort_by("row")
+
+
+def _is_among(rows: pa.ChunkedArray, wanted: Iterable[int]) -> pa.ChunkedArray:
+    return pc.is_in(rows, value_set=pa.array(wanted, pa.int64()))
 
 
 def _by_reason(dropped: pa.Table) -> dict[str, int]:
@@ -218,23 +311,14 @@ def _nothing_left(reasons: dict[str, int]) -> str:
     return f"no pair is left to export: {counts or 'the run has no rows'}"
 
 
-def _write_csv(path: Path, table: pa.Table, names: Sequence[str]) -> None:
-    """A table as CSV whose texts no spreadsheet takes for formulas."""
+def _write_csv(path: Path, table: pa.Table) -> None:
+    """A table as CSV for people: no text is taken for a formula or hides a character."""
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(names)
-        for batch in _short_floats(table.select(list(names))).to_batches(max_chunksize=1 << 16):
+        writer.writerow(table.column_names)
+        for batch in short_floats(table).to_batches(max_chunksize=1 << 16):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in values])
-
-
-def _short_floats(table: pa.Table) -> pa.Table:
-    """The table with float32 as the shortest decimal that means the same: 0.2, not 0.20000000298."""
-    for place, column in enumerate(table.schema):
-        if column.type == pa.float32():
-            short = table[column.name].cast(pa.string()).cast(pa.float64())
-            table = table.set_column(place, column.name, short)
-    return table
 
 
 def _name_of(path: object) -> str:

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nc_audit.dataset.guard import MADE_BY, MARKER, marker_of
 from nc_audit.errors import DatasetError, RunError
 
-MARKER = "export.json"
-MADE_BY = "nc-audit export"
+_MANY_FILES = 500
 
 
 def write_marker(folder: Path, **facts: Any) -> None:
@@ -60,15 +60,8 @@ def check_place(out: Path, *, overwrite: bool, keep: Sequence[Path]) -> None:
 
 def _foreign_files(folder: Path) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return names
-    if (
-        not isinstance(marker, dict)
-        or marker.get("made_by") != MADE_BY
-        or not isinstance(marker.get("files"), list)
-    ):
+    marker = marker_of(folder)
+    if marker is None:
         return names
     own = {name for name in marker["files"] if isinstance(name, str)}
     return [name for name in names if name not in own]
@@ -121,7 +114,11 @@ def _clear(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if len(files) > _MANY_FILES:
+        # One by one, a hundred thousand small images would take minutes.
+        os.sync()
+        return
+    for path in files:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())

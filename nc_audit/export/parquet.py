@@ -8,90 +8,46 @@ row group at a time, so that memory stays flat whatever the size of the dataset.
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nc_audit.export.names import base_name
 from nc_audit.export.plan import Written
+from nc_audit.export.rows import BLOCK_ROWS, facts_of, split_series
 
 # The hub's viewer wants row groups of at most 100 MB and shards of at most 500 MB; images are counted uncompressed.
 ROW_GROUP_BYTES = 32 << 20
-ROW_GROUP_ROWS = 4096
 SHARD_BYTES = 450_000_000
 
-DEFAULT_SPLIT = "train"
-UNNAMED_SPLIT = "unnamed"
+_DTYPES = {
+    pa.string(): "string",
+    pa.int64(): "int64",
+    pa.float32(): "float32",
+    pa.float64(): "float64",
+    pa.bool_(): "bool",
+}
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_OPTIONAL = ["split", "tag", "noise_probability", "weight", "original_caption"]
 
 
 def export_schema(kept: pa.Table, *, with_splits: bool) -> pa.Schema:
     """The columns of the shards, with the metadata that makes `datasets` show the first one as an image."""
-    names = [name for name in _OPTIONAL if name in kept.column_names and (name != "split" or with_splits)]
-    fields = [pa.field("image", IMAGE), pa.field("caption", pa.string()), pa.field("row", pa.int64())]
-    fields += [pa.field("pair_id", pa.string()), pa.field("image_id", pa.string())]
-    fields += [pa.field(name, kept.schema.field(name).type) for name in names]
-    known = {pa.string(): "string", pa.int64(): "int64", pa.float32(): "float32"}
+    fields = [pa.field("image", IMAGE), pa.field("caption", pa.string())]
+    fields += [
+        pa.field(name, kept.schema.field(name).type) for name in facts_of(kept, with_splits=with_splits)
+    ]
     features: dict[str, dict[str, str]] = {
-        column.name: {"dtype": known[column.type], "_type": "Value"}
+        column.name: {"dtype": _DTYPES[column.type], "_type": "Value"}
         for column in fields
         if column.name != "image"
     }
     features = {"image": {"_type": "Image"}, **features}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def split_names(splits: list[str | None]) -> dict[str | None, str]:
-    """A file name for each split of a dataset, in the order given.
-
-    Letters, digits and underscores stay, which is what `datasets` allows; two splits never share a name.
-
-    Example:
-        >>> split_names(["train", "../test", "TRAIN"])
-        {'train': 'train', '../test': 'test', 'TRAIN': 'TRAIN_2'}
-    """
-    if splits == [None]:
-        return {None: DEFAULT_SPLIT}
-    names: dict[str | None, str] = {}
-    taken: set[str] = set()
-    for split in splits:
-        words = unicodedata.normalize("NFKC", split or "").encode("utf-8")[:100].decode("utf-8", "ignore")
-        stem = re.sub(r"\W+", "_", words).strip("_") or UNNAMED_SPLIT
-        # `all` means every split to `datasets`.
-        stem = f"{stem}_" if stem.casefold() == "all" else stem
-        name, count = stem, 1
-        while name.casefold() in taken:
-            count += 1
-            name = f"{stem}_{count}"
-        taken.add(name.casefold())
-        names[split] = name
-    return names
-
-
-def base_name(image: str | None, image_id: str) -> str:
-    """The last part of a path or member name, harmless as a file name; `image_id` where nothing is left of it.
-
-    Example:
-        >>> base_name("C:\\\\images\\\\a b.jpg", "0f")
-        'a b.jpg'
-    """
-    name = re.split(r"[\\/]", image or "")[-1]
-    name = "".join(
-        "_" if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else c for c in name
-    ).strip()
-    stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
-    if len(name.encode("utf-8")) > 200:
-        name = stem.encode("utf-8")[:150].decode("utf-8", "ignore") + suffix.encode("utf-8")[:16].decode(
-            "utf-8", "ignore"
-        )
-    return image_id if name in {"", ".", ".."} else name
 
 
 def write_shards(
@@ -119,19 +75,17 @@ def write_shards(
         The shards, and the rows that could not be written.
     """
     schema = export_schema(kept, with_splits=with_splits)
-    splits: list[str | None] = pc.unique(kept["split"]).to_pylist() if with_splits else [None]
     written = Written(columns=schema.names)
     # Copies of an image inside a row group cost nothing when the writer keeps each value once.
     repeats = kept.num_rows > 1.2 * len(pc.unique(kept["image_id"]))
     done = 0
     (folder / "data").mkdir()
-    for split, name in split_names(splits).items():
-        rows = kept if not with_splits else kept.filter(_is_split(kept["split"], split))
+    for split, name, rows in split_series(kept, with_splits=with_splits):
         series = _Series(folder / "data", name, schema, repeats, shard_bytes)
         try:
-            for start in range(0, rows.num_rows, ROW_GROUP_ROWS):
-                block = rows.slice(start, ROW_GROUP_ROWS)
-                for group in _row_groups(block, read, schema, row_group_bytes, written.unreadable):
+            for start in range(0, rows.num_rows, BLOCK_ROWS):
+                block = rows.slice(start, BLOCK_ROWS)
+                for group in row_groups(block, read, schema, row_group_bytes, written.unreadable):
                     series.write(group)
                 done += block.num_rows
                 if progress:
@@ -139,16 +93,14 @@ def write_shards(
         finally:
             series.close()
         if series.num_rows:
-            written.splits[name] = series.finish()
+            files = series.finish()
             written.num_rows[name] = series.num_rows
+            written.hub[name] = [f"data/{name}-*"]
+            written.data |= dict.fromkeys(files, split)
     return written
 
 
-def _is_split(splits: pa.ChunkedArray, split: str | None) -> pa.ChunkedArray:
-    return pc.is_null(splits) if split is None else pc.fill_null(pc.equal(splits, split), False)
-
-
-def _row_groups(
+def row_groups(
     block: pa.Table,
     read: Callable[[str, str], bytes],
     schema: pa.Schema,

@@ -17,16 +17,28 @@ from torch import Tensor
 TAIL_QUANTILES = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 
 
-def draw_swaps(image_N: Tensor, caption_N: Tensor, num_captions: int, generator: torch.Generator) -> Tensor:
+def draw_swaps(
+    image_N: Tensor,
+    caption_N: Tensor,
+    num_captions: int,
+    generator: torch.Generator,
+    block_N: Tensor | None = None,
+) -> Tensor:
     """A caption for each pair's image that none of the image's pairs carries.
 
-    A random permutation of the captions, drawn again (a bounded number of times) where it gives a given pair.
+    A random permutation of the captions within each block, drawn again (a bounded number of times) where it gives a
+    given pair, at last from outside the block.
+
+    A model that is to score swaps like noise must not know where their captions come from: a wrong caption's true
+    image is nowhere in the set. So when pairs are scored by a model that did not see their fold, swaps take their
+    captions from that same fold.
 
     Args:
         image_N: index of each pair's image, shape [N].
         caption_N: index of each pair's caption, shape [N].
         num_captions: size of the caption index.
         generator: source of randomness, on the CPU.
+        block_N: block of each pair, shape [N]; one block when not given.
 
     Returns:
         Caption index per pair, shape [N]; -1 where no caption could be found (its image carries nearly all).
@@ -42,21 +54,37 @@ def draw_swaps(image_N: Tensor, caption_N: Tensor, num_captions: int, generator:
         at = torch.searchsorted(given, keys).clamp_max(len(given) - 1)
         return given[at] == keys
 
-    swapped = caption_N[torch.randperm(len(caption_N), generator=generator)]
-    for _ in range(50):
+    if block_N is None:
+        block_N = torch.zeros_like(image_N)
+    by_block = block_N.argsort(stable=True)
+    _, block_N, sizes = block_N.unique(return_inverse=True, return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    mixed = torch.randperm(len(caption_N), generator=generator)
+    swapped = torch.empty_like(caption_N)
+    swapped[by_block] = caption_N[mixed[block_N[mixed].argsort(stable=True)]]
+    for attempt in range(50):
         clash = is_given(swapped, image_N).nonzero().squeeze(1)
         if len(clash) == 0:
             return swapped
-        redrawn = torch.randint(len(caption_N), (len(clash),), generator=generator)
-        swapped[clash] = caption_N[redrawn]
+        if attempt < 25:
+            share = torch.rand(len(clash), generator=generator, dtype=torch.float64)
+            within = (share * sizes[block_N[clash]]).long()
+            drawn = by_block[starts[block_N[clash]] + within]
+        else:
+            drawn = torch.randint(len(caption_N), (len(clash),), generator=generator)
+        swapped[clash] = caption_N[drawn]
     swapped[is_given(swapped, image_N)] = -1
     return swapped
 
 
 def draw_image_swaps(
-    image_N: Tensor, caption_N: Tensor, num_captions: int, generator: torch.Generator
+    image_N: Tensor,
+    caption_N: Tensor,
+    num_captions: int,
+    generator: torch.Generator,
+    block_N: Tensor | None = None,
 ) -> Tensor:
-    """The same, image by image: all pairs of an image take captions of one other image, in turn.
+    """The same, image by image: all pairs of an image take captions of one other image of its block, in turn.
 
     Whole-image noise looks like this: the captions of an image agree with each other, and are all wrong.
 
@@ -65,6 +93,7 @@ def draw_image_swaps(
         caption_N: index of each pair's caption, shape [N].
         num_captions: size of the caption index.
         generator: source of randomness, on the CPU.
+        block_N: block of each pair, the same for all pairs of an image, shape [N]; one block when not given.
 
     Returns:
         Caption index per pair, shape [N]; a caption the image carries itself is drawn again singly, and -1 stands
@@ -73,14 +102,20 @@ def draw_image_swaps(
     order = image_N.argsort(stable=True)
     images, inverse, sizes = image_N.unique(return_inverse=True, return_counts=True)
     starts = sizes.cumsum(0) - sizes
-    ring = torch.randperm(len(images), generator=generator)
+    block_I = torch.zeros_like(images) if block_N is None else block_N[order[starts]]
+    mixed = torch.randperm(len(images), generator=generator)
+    ring = mixed[block_I[mixed].argsort(stable=True)]  # block after block, shuffled within
+    ends = torch.cat([block_I[ring][1:] != block_I[ring][:-1], torch.ones(1, dtype=torch.bool)])
+    first_of_block = torch.cat([torch.zeros(1, dtype=torch.long), ends.nonzero().squeeze(1)[:-1] + 1])
+    behind = torch.arange(1, len(ring) + 1)
+    behind[ends] = first_of_block
     donor = torch.empty_like(ring)
-    donor[ring] = ring.roll(-1)
+    donor[ring] = ring[behind]
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order)) - starts[inverse[order]]
     theirs = donor[inverse]
     swapped = caption_N[order[starts[theirs] + place % sizes[theirs]]]
-    singly = draw_swaps(image_N, caption_N, num_captions, generator)
+    singly = draw_swaps(image_N, caption_N, num_captions, generator, block_N)
     given = (image_N * num_captions + caption_N).unique()
     clash = torch.isin(image_N * num_captions + swapped, given)
     return torch.where(clash, singly, swapped)
@@ -100,17 +135,18 @@ def standardise(values: Tensor, swaps: Tensor) -> Tensor:
     return (values - swaps.mean()) / spread if spread > 0 else torch.zeros_like(values)
 
 
-def tail_shares(score_N: Tensor, swap_score_S: Tensor) -> Tensor:
+def tail_shares(score_N: Tensor, swap_score_S: Tensor, tails: tuple[float, ...] = TAIL_QUANTILES) -> Tensor:
     """For each pair and each tail of the swaps' scores, whether the pair lies in it.
 
     Args:
         score_N: scores, higher = noisier, shape [N].
         swap_score_S: scores of known swaps, shape [S].
+        tails: share of the swaps each upper tail holds, 0..1.
 
     Returns:
         Shape [N, Q], 0 or 1.
     """
-    quantiles = torch.tensor([1 - q for q in TAIL_QUANTILES], dtype=swap_score_S.dtype)
+    quantiles = torch.tensor([1 - q for q in tails], dtype=swap_score_S.dtype)
     ordered = swap_score_S.sort().values
     at = (quantiles * (len(ordered) - 1)).round().long()
     return (score_N[:, None] > ordered[at][None, :]).to(torch.float64)
@@ -194,6 +230,28 @@ def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
     return means.repeat_interleave(torch.tensor([size for _, _, size in blocks]))
 
 
+def carried_over(probability_N: Tensor, score_N: Tensor, num_bins: int = 2048) -> Tensor:
+    """Probability as a non-decreasing function of a score: the isotonic regression of one on the other.
+
+    What one look at the pairs has calibrated is thus handed on to a better ranking of the same pairs.
+
+    Args:
+        probability_N: calibrated probability of each pair, shape [N], 0..1.
+        score_N: another score of the same pairs, higher = more likely, shape [N].
+        num_bins: the scores are first gathered into this many bins of equal count; equal scores share one.
+
+    Returns:
+        Shape [N], 0..1, with the mean of `probability_N`.
+    """
+    bins, num_bins = _bins_of(score_N.double(), num_bins)
+    counts = torch.bincount(bins, minlength=num_bins).double()
+    filled = counts > 0
+    mean = torch.bincount(bins, probability_N.double(), minlength=num_bins)[filled] / counts[filled]
+    fitted = torch.zeros(num_bins, dtype=torch.float64)
+    fitted[filled] = isotonic_fit(mean, counts[filled])
+    return fitted[bins].clamp(0.0, 1.0)
+
+
 def noise_posterior(
     score_N: Tensor, swap_score_S: Tensor, rate: float, num_bins: int = 2048
 ) -> tuple[Tensor, Tensor]:
@@ -213,11 +271,7 @@ def noise_posterior(
         non-decreasing in the score. The given pairs' mean is near `rate`.
     """
     pooled = torch.cat([score_N, swap_score_S]).double()
-    order = pooled.argsort(stable=True)
-    bins = torch.empty_like(order)
-    num_bins = max(1, min(num_bins, len(order) // 4))
-    bins[order] = torch.arange(len(order)) * num_bins // len(order)
-    bins = _join_ties(bins, pooled, order)
+    bins, num_bins = _bins_of(pooled, num_bins)
     is_swap = torch.zeros(len(pooled), dtype=torch.float64)
     is_swap[len(score_N) :] = 1.0
     counts = torch.bincount(bins, minlength=num_bins).double()
@@ -230,15 +284,16 @@ def noise_posterior(
     return posterior[: len(score_N)], posterior[len(score_N) :]
 
 
-def _join_ties(bins: Tensor, pooled: Tensor, order: Tensor) -> Tensor:
-    """Give equal scores one bin, so that ties cannot be told apart by position."""
-    ordered_bins, ordered = bins[order], pooled[order]
+def _bins_of(values: Tensor, num_bins: int) -> tuple[Tensor, int]:
+    """A bin of equal count for each value, and how many there are; equal values share a bin."""
+    order = values.argsort(stable=True)
+    num_bins = max(1, min(num_bins, len(order) // 4))
+    ordered_bins, ordered = torch.arange(len(order)) * num_bins // len(order), values[order]
     starts = torch.cat([torch.ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
     first = torch.arange(len(ordered))[starts]
-    joined = ordered_bins[first][starts.long().cumsum(0) - 1]
-    result = torch.empty_like(bins)
-    result[order] = joined
-    return result
+    bins = torch.empty_like(order)
+    bins[order] = ordered_bins[first][starts.long().cumsum(0) - 1]
+    return bins, num_bins
 
 
 def intra_image_correlation(value_N: Tensor, image_N: Tensor) -> float:
@@ -284,6 +339,11 @@ class Evidence:
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(self.given_N + other.given_N, self.swaps_S + other.swaps_S)
 
+    def times(self, factor: float) -> Evidence:
+        """Both standardised and multiplied."""
+        one = self.standardised()
+        return Evidence(factor * one.given_N, factor * one.swaps_S)
+
     def rate(self) -> float:
         """Noise rate by the swaps' tails, 0..1."""
         return noise_rate(self.given_N, self.swaps_S)
@@ -292,6 +352,16 @@ class Evidence:
         """Noise probability of given pairs and swaps, float32, 0..1."""
         given, swaps = noise_posterior(self.given_N, self.swaps_S, rate)
         return Evidence(given.float(), swaps.float())
+
+
+def worth(more: Evidence, beside: Evidence) -> float:
+    """How far one quantity tells given pairs from swaps, as a share of how far another does: 0..1.
+
+    The distance is between means, in standard deviations of the swaps. As a weight in a sum it keeps a signal that
+    knows nothing from blurring one that does.
+    """
+    own, other = (-float(one.standardised().given_N.mean()) for one in (more, beside))
+    return min(1.0, max(0.0, own / other)) if other > 0 else float(own > 0)
 
 
 def fused(*evidence: Evidence) -> Evidence:

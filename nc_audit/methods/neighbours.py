@@ -1,6 +1,6 @@
 """Agreement of a pair with its neighbours: what nearby images' captions and nearby captions' images say.
 
-Shapes: B = pairs; R = reference pairs; D = dimensions; K = neighbours.
+Shapes: Q = distinct queries; B = pairs; R = reference pairs; D = dimensions; L = looked up; K = neighbours.
 """
 
 from __future__ import annotations
@@ -9,28 +9,47 @@ import torch
 from torch import Tensor
 
 
+def nearest_references(
+    query_QD: Tensor, reference_RD: Tensor, num: int, block: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """The references nearest to each query, nearest first.
+
+    Args:
+        query_QD: unit vectors, shape [Q, D].
+        reference_RD: unit vectors of the same side of the reference pairs, shape [R, D].
+        num: how many, L; all where there are fewer.
+        block: queries at a time; memory is block x R.
+
+    Returns:
+        Cosines and indices, each of shape [Q, L].
+    """
+    num = min(num, len(reference_RD))
+    found = [(part @ reference_RD.T).topk(num, dim=1) for part in query_QD.split(block)]
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
 def neighbour_distance(
-    query_BD: Tensor,
+    nearest_BL: Tensor,
+    at_BL: Tensor,
+    excluded_BL: Tensor,
     other_BD: Tensor,
-    reference_query_RD: Tensor,
     reference_other_RD: Tensor,
     trust_R: Tensor,
-    excluded_BR: Tensor,
     num_neighbours: int = 30,
     sharpness: float = 5.0,
 ) -> Tensor:
     """Distance of each pair's other side from the other sides of its neighbours.
 
-    The K reference pairs nearest on the query side vote, each with weight softmax(sharpness x cosine) x trust.
+    The K nearest references that are not excluded vote, each with weight softmax(sharpness x cosine) x trust.
 
     Args:
-        query_BD: unit vectors of the side on which neighbours are looked for, shape [B, D].
+        nearest_BL: cosines of each pair's query side with the references looked up, nearest first, shape [B, L].
+        at_BL: which references these are, shape [B, L].
+        excluded_BL: which of them must not vote (the pair's own image, say), shape [B, L].
         other_BD: unit vectors of the pairs' other side, shape [B, D].
-        reference_query_RD: the same side of the reference pairs, shape [R, D].
         reference_other_RD: the other side of the reference pairs, shape [R, D].
         trust_R: probability of each reference pair to be clean, shape [R], 0..1.
-        excluded_BR: references that must not vote (the pair's own image, say), shape [B, R].
-        num_neighbours: K.
+        num_neighbours: K; fewer vote where more than L - K are excluded.
         sharpness: how much nearer neighbours count for more, 0..
 
     Returns:
@@ -39,9 +58,10 @@ def neighbour_distance(
     Source:
         LEMoN (ICML 2025); trust in the place of its distance weighting is ours.
     """
-    cosine_BR = (query_BD @ reference_query_RD.T).masked_fill(excluded_BR, float("-inf"))
-    nearest, at = cosine_BR.topk(min(num_neighbours, cosine_BR.shape[1]), dim=1)
-    votes = torch.where(nearest.isfinite(), torch.exp(sharpness * (nearest - 1)), 0.0) * trust_R[at]
+    # The first K that may vote, moved to the front.
+    order = excluded_BL.byte().argsort(dim=1, stable=True)[:, :num_neighbours]
+    nearest, at, excluded = (one.gather(1, order) for one in (nearest_BL, at_BL, excluded_BL))
+    votes = torch.where(excluded, 0.0, torch.exp(sharpness * (nearest - 1))) * trust_R[at]
     distance = 1 - torch.einsum("bd,bkd->bk", other_BD, reference_other_RD[at])
     total = votes.sum(1)
     voted = (votes * distance).sum(1) / total.clamp_min(torch.finfo(votes.dtype).tiny)

@@ -18,15 +18,18 @@ class Projection:
 
     mean: Tensor
     matrix: Tensor
+    is_identity: bool = False
 
     def __call__(self, vectors_ND: Tensor) -> Tensor:
-        """The projected vectors, shape [N, K]."""
+        """The projected vectors, shape [N, K]; the very tensor where nothing changes."""
+        if self.is_identity:
+            return vectors_ND
         return (vectors_ND - self.mean) @ self.matrix
 
     @classmethod
     def identity(cls, num: int) -> Projection:
         """Vectors as they are."""
-        return cls(torch.zeros(num), torch.eye(num))
+        return cls(torch.zeros(num), torch.eye(num), is_identity=True)
 
 
 def principal_projection(

@@ -109,11 +109,20 @@ class Plan:
 
     @classmethod
     def of(cls, num_pairs: int, settings: TrainSection) -> Plan:
-        """A plan of `settings.steps` steps, whatever the number of pairs."""
+        """A plan of `settings.steps` steps; of more beyond 30,000 pairs, in proportion, up to eight times as many."""
         batch = settings.batch or (512 if num_pairs < 10_000 else 1024)
         batch = max(8, min(batch, num_pairs // 4))
         epochs = settings.epochs
-        return cls(batch, epochs, max(1, round(settings.steps / epochs)))
+        more = min(8.0, max(1.0, num_pairs / 30_000))
+        return cls(batch, epochs, max(1, round(more * settings.steps / epochs)))
+
+    def is_scored(self, epoch: int, num_pairs: int) -> bool:
+        """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second or third time.
+
+        The last epoch is always scored.
+        """
+        stride = min(3, max(1, round(num_pairs / 150_000)))
+        return (self.epochs - epoch) % stride == 0
 
 
 def new_heads(inputs: Inputs, settings: TrainSection, input_dropout: float | None = None) -> Heads:
@@ -217,14 +226,19 @@ class Trainer:
 
 @dataclass
 class Trajectory:
-    """Per epoch, and of every given pair: loss, weight and division (0 clean, 1 ambiguous, 2 noisy)."""
+    """Per scored epoch, and of every given pair: loss, weight and division (0 clean, 1 ambiguous, 2 noisy).
+
+    `epochs` says which epochs these are, 1...
+    """
 
     losses: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     divisions: list[Tensor] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
 
-    def record(self, loss_N: Tensor, weight_N: Tensor, division_N: Tensor) -> None:
-        """Add one epoch."""
+    def record(self, loss_N: Tensor, weight_N: Tensor, division_N: Tensor, epoch: int | None = None) -> None:
+        """Add one epoch; the one after the last where it is not named."""
+        self.epochs.append(epoch or (self.epochs[-1] + 1 if self.epochs else 1))
         self.losses.append(loss_N.clone())
         self.weights.append(weight_N.clone())
         self.divisions.append(division_N.to(torch.int8))

@@ -7,7 +7,8 @@ No clean labels are needed. What keeps noise from being learnt:
 2. Heads that never score what they trained on (`train_folds`): K pairs of heads in lockstep, each leaving out
    one fold. After every epoch the held-out loss of each pair sets its self-paced weight for the next.
 3. Final heads (`train_final`) on all pairs, with known swaps planted among them: swaps that sat in training
-   like any noise score like noise that did, and so calibrate in-sample scores.
+   like any noise score like noise that did, and so calibrate in-sample scores. They are trained twice: the second
+   weights come from what the first heads found.
 
 Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epochs; D = dimensions.
 """
@@ -15,17 +16,19 @@ Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epoc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from nc_audit.calibrate import combine_held_out, strikes_whole_images
+from nc_audit.calibrate import by_image, combine_held_out, strikes_whole_images
 from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
-from nc_audit.methods.known_swaps import Evidence
+from nc_audit.methods.known_swaps import Evidence, fused, worth
 from nc_audit.methods.matching import Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
 from nc_audit.methods.projections import principal_projection
@@ -75,9 +78,9 @@ def first_look(
     image_ID: Tensor,
     caption_CD: Tensor,
     pairs: Pairs,
-    swap_caption_S: Tensor,
+    swaps: Pairs,
+    fold_N: Tensor,
     settings: TrainSection,
-    seed: int,
 ) -> FirstLook:
     """Mutual-information variation of each pair, out of fold by image, reweighted towards the clean pairs.
 
@@ -85,15 +88,13 @@ def first_look(
         image_ID: image embeddings, shape [I, D].
         caption_CD: caption embeddings, shape [C, D'].
         pairs: the given pairs.
-        swap_caption_S: caption of the known swap of each pair's image, shape [N].
-        settings: `first_look_dims`, `first_look_folds`, `first_look_rounds`, `shrinkage`.
-        seed: draws the folds.
+        swaps: known swaps, whole sets of N one behind the other, each pair's image keeping its place.
+        fold_N: fold of each pair, the same for all pairs of an image, shape [N].
+        settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
 
     Returns:
         Evidence (higher = noisier), the raw variation (nats, higher = agree), the rate and the posterior.
     """
-    generator = torch.Generator().manual_seed(seed)
-    fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
     total: Evidence | None = None
     variation_N = torch.zeros(len(pairs))
     cap = max(2, len(pairs) // 12)
@@ -101,7 +102,7 @@ def first_look(
     for num in dims:
         image = principal_projection(image_ID, num)(image_ID)
         caption = principal_projection(caption_CD, num)(caption_CD)
-        one, raw = _variation_rounds(image, caption, pairs, swap_caption_S, fold_N, settings)
+        one, raw = _variation_rounds(image, caption, pairs, swaps, fold_N, settings)
         total = one.standardised() if total is None else total + one.standardised()
         variation_N = variation_N + raw / len(dims)
     assert total is not None
@@ -113,16 +114,17 @@ def _variation_rounds(
     image_IK: Tensor,
     caption_CK: Tensor,
     pairs: Pairs,
-    swap_caption_S: Tensor,
+    swaps: Pairs,
     fold_N: Tensor,
     settings: TrainSection,
 ) -> tuple[Evidence, Tensor]:
     weight_N = torch.ones(len(pairs))
-    evidence = Evidence(torch.zeros(len(pairs)), torch.zeros(len(pairs)))
+    evidence = Evidence(torch.zeros(len(pairs)), torch.zeros(len(swaps)))
+    fold_S = fold_N.repeat(len(swaps) // len(pairs))
     for _ in range(settings.first_look_rounds):
-        given, swaps = torch.empty(len(pairs)), torch.empty(len(pairs))
-        for fold in range(settings.first_look_folds):
-            inside, outside = (fold_N == fold).nonzero().squeeze(1), (fold_N != fold).nonzero().squeeze(1)
+        given, swapped = torch.empty(len(pairs)), torch.empty(len(swaps))
+        for fold in range(int(fold_N.max()) + 1):
+            outside = (fold_N != fold).nonzero().squeeze(1)
             fit = outside[:: max(1, math.ceil(len(outside) / 200_000))]
             dependence = GaussianDependence(
                 image_IK[pairs.image_N[fit]],
@@ -130,13 +132,36 @@ def _variation_rounds(
                 weight_N[fit],
                 settings.shrinkage,
             )
-            for part in inside.split(65_536):
-                image = image_IK[pairs.image_N[part]]
-                given[part] = dependence.variation(image, caption_CK[pairs.caption_N[part]])
-                swaps[part] = dependence.variation(image, caption_CK[swap_caption_S[part]])
-        evidence = Evidence(-given, -swaps)
+            for asked, fold_of, result in ((pairs, fold_N, given), (swaps, fold_S, swapped)):
+                for part in (fold_of == fold).nonzero().squeeze(1).split(65_536):
+                    result[part] = dependence.variation(
+                        image_IK[asked.image_N[part]], caption_CK[asked.caption_N[part]]
+                    )
+        evidence = Evidence(-given, -swapped)
         weight_N = (1 - evidence.posterior(evidence.rate()).given_N).clamp_min(MIN_WEIGHT)
     return evidence, -evidence.given_N
+
+
+def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
+    """What aligned encoders say without any training: the loss of pairs and swaps by their own cosine.
+
+    None where the encoders are not aligned.
+    """
+    if inputs.logit_scale is None:
+        return None
+    image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
+    asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
+    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked)
+    return Evidence(given.loss, swapped.loss)
+
+
+def joined(look: FirstLook, more: Evidence | None) -> FirstLook:
+    """A first look with one more signal, counted as far as it tells given pairs from swaps."""
+    if more is None:
+        return look
+    total = look.evidence.standardised() + more.times(worth(more, look.evidence))
+    rate = total.rate()
+    return FirstLook(total, look.variation_N, rate, total.posterior(rate).given_N)
 
 
 # --- 2. out-of-fold heads -------------------------------------------------------------------------------
@@ -147,16 +172,14 @@ class Folds:
     """Out-of-fold results: what heads say of pairs they never trained on.
 
     `loss` and `distance` are evidence averaged over the later epochs; `matches` holds every quantity of the given
-    pairs, averaged likewise. Per epoch, shape [E, N]: the held-out loss after it, the weight used in it, and the
-    division its losses give.
+    pairs, averaged likewise. `trajectory` holds the held-out loss after each scored epoch, the weight used in it, and
+    the division its losses give.
     """
 
     loss: Evidence
     distance: Evidence
     matches: Matches
-    loss_EN: Tensor
-    weight_EN: Tensor
-    division_EN: Tensor
+    trajectory: Trajectory
     scale: float
 
 
@@ -171,9 +194,9 @@ def weighted(trainer: Trainer, weight_N: Tensor, at_B: Tensor) -> Tensor:
 
 def train_folds(
     inputs: Inputs,
-    swap_caption_S: Tensor,
+    swaps: Pairs,
     prior_N: Tensor,
-    group_N: Tensor,
+    fold_N: Tensor,
     settings: TrainSection,
     seed: int,
     progress: Progress = silent,
@@ -182,26 +205,27 @@ def train_folds(
 
     Args:
         inputs: the given pairs, what heads take in, what pairs are scored against.
-        swap_caption_S: caption of each pair's known swap, shape [N].
+        swaps: known swaps, whole sets of N one behind the other; each shares the fold of the pair in its place.
         prior_N: weight of each pair before any loss is known, shape [N], 0..1.
-        group_N: pairs of one group share a fold, shape [N].
+        fold_N: fold of each pair, shape [N], 0..K-1.
         settings: the recipe's `train` section.
-        seed: initialisation, folds, batches, dropout.
+        seed: initialisation, batches, dropout.
         progress: told the epoch.
 
     Returns:
         Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory.
     """
     pairs, candidates = inputs.pairs, inputs.candidates
-    generator = torch.Generator().manual_seed(seed)
-    fold_N = assign_folds(group_N, settings.folds, generator)
-    inside = [(fold_N == k).nonzero().squeeze(1) for k in range(settings.folds)]
-    outside = [(fold_N != k).nonzero().squeeze(1) for k in range(settings.folds)]
+    num_folds = int(fold_N.max()) + 1
+    fold_S = fold_N.repeat(len(swaps) // len(pairs))
+    inside = [(fold_N == k).nonzero().squeeze(1) for k in range(num_folds)]
+    outside = [(fold_N != k).nonzero().squeeze(1) for k in range(num_folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
     chance = chance_loss(len(candidates.caption_M))
     given_sum = Matches.zeros(len(pairs))
-    swap_sum = Matches.zeros(len(pairs))
-    trajectory, weights, divisions = [], [], []
+    swap_sum = Matches.zeros(len(swaps))
+    swapped = [(fold_S == k).nonzero().squeeze(1) for k in range(num_folds)]
+    trajectory = Trajectory()
     weight_N = prior_N.clone()
     counted = 0
     with torch.random.fork_rng(devices=[]):
@@ -216,39 +240,44 @@ def train_folds(
                 settings.weight_decay,
                 seed + 1 + k,
             )
-            for k in range(settings.folds)
+            for k in range(num_folds)
         ]
         for epoch in range(1, plan.epochs + 1):
             loss_N = torch.empty(len(pairs))
-            counts = epoch >= settings.first_counted_epoch
+            is_scored = plan.is_scored(epoch, len(pairs))
+            counts = is_scored and epoch >= settings.first_counted_epoch
             for k, trainer in enumerate(trainers):
                 train_weight = weight_N[outside[k]]
                 train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
                 trainer.run_epoch(partial(weighted, trainer, train_weight))
+                if not is_scored:
+                    continue
                 image, caption = trainer.embed()
                 scale = trainer.heads.scale().item()
-                at = inside[k]
-                asked = [(pairs.image_N[at], pairs.caption_N[at]), (pairs.image_N[at], swap_caption_S[at])]
+                at, also = inside[k], swapped[k]
+                asked = [
+                    (pairs.image_N[at], pairs.caption_N[at]),
+                    (swaps.image_N[also], swaps.caption_N[also]),
+                ]
                 found = match(image, caption, scale, candidates, *asked[: 1 + counts])
                 loss_N[at] = found[0].loss
                 if counts:
                     given_sum.add_(at, found[0])
-                    swap_sum.add_(at, found[1])
+                    swap_sum.add_(also, found[1])
+            progress("train", epoch, plan.epochs)
+            if not is_scored:
+                continue
             counted += counts
             relative = loss_N / chance
-            trajectory.append(loss_N)
-            weights.append(weight_N)
-            divisions.append(self_paced.divide(relative, settings.clean_at, settings.noisy_at))
+            division_N = self_paced.divide(relative, settings.clean_at, settings.noisy_at)
+            trajectory.record(loss_N, weight_N, division_N, epoch)
             weight_N = prior_N * pace(relative, epoch, settings)
-            progress("train", epoch, plan.epochs)
-    given, swaps = given_sum.divided(counted), swap_sum.divided(counted)
+    of_given, of_swaps = given_sum.divided(counted), swap_sum.divided(counted)
     return Folds(
-        Evidence(given.loss, swaps.loss),
-        Evidence(-given.similarity, -swaps.similarity),
-        given,
-        torch.stack(trajectory),
-        torch.stack(weights),
-        torch.stack(divisions),
+        Evidence(of_given.loss, of_swaps.loss),
+        Evidence(-of_given.similarity, -of_swaps.similarity),
+        of_given,
+        trajectory,
         sum(trainer.heads.scale().item() for trainer in trainers) / len(trainers),
     )
 
@@ -322,7 +351,7 @@ def train_final(
         trainer = Trainer(heads, inputs, together, plan, settings, settings.final_weight_decay, seed + 1)
         for epoch in range(1, plan.epochs + 1):
             trainer.run_epoch(partial(weighted, trainer, weights))
-            if epoch >= settings.first_counted_epoch:
+            if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
                 found = trainer.matches()
                 loss += found.loss
                 distance -= found.similarity
@@ -344,47 +373,51 @@ def train_final(
 class Trained:
     """Everything the method has learnt, per distinct pair and per known swap, and the final heads.
 
-    `swap_caption_N` is the caption each pair's image is swapped to; `planted` indexes the swaps that sat in the
-    final training, whose evidence stands behind that of the given pairs in `final`.
+    `swaps` are the known swaps; `planted` indexes those that sat in the final training, whose evidence stands behind
+    that of the given pairs in `final`.
     """
 
     first: FirstLook
     folds: Folds
     final: Final
     model: Model
-    swap_caption_N: Tensor
+    swaps: Pairs
     planted: Tensor
     whole_images: bool
+    untrained: Evidence | None = None
 
     def judgement(self, num_candidates: int) -> Judgement:
         """What scoring goes on from: see `score.score_swapped` for the names."""
         first, folds, final = self.first, self.folds, self.final
-        num = len(self.swap_caption_N)
+        num = len(self.swaps)
         given = columns_of(folds.matches, num_candidates) | {
             "first": first.evidence.given_N,
             "distance": folds.distance.given_N,
             "final_loss": final.loss.given_N,
             "final_distance": final.distance.given_N,
-            "weight": folds.weight_EN.mean(0),
+            "weight": torch.stack(folds.trajectory.weights).mean(0),
             "clean_posterior": 1 - first.posterior_N,
             "mi_variation": first.variation_N,
         }
         swaps = {
-            "caption": self.swap_caption_N,
+            "image": self.swaps.image_N,
+            "caption": self.swaps.caption_N,
             "first": first.evidence.swaps_S,
             "loss": folds.loss.swaps_S,
             "distance": folds.distance.swaps_S,
             "final_loss": _placed(final.loss.swaps_S, self.planted, num),
             "final_distance": _placed(final.distance.swaps_S, self.planted, num),
         }
+        if self.untrained is not None:
+            given["zero_shot_loss"] = self.untrained.given_N
+            swaps["zero_shot_loss"] = self.untrained.swaps_S
         facts = {
             "first_look_rate": round(first.rate, 6),
             "whole_images": self.whole_images,
             "logit_scale": round(folds.scale, 6),
             "num_candidates": num_candidates,
         }
-        trajectory = Trajectory(list(folds.loss_EN), list(folds.weight_EN), list(folds.division_EN))
-        return Judgement(given, swaps, facts, trajectory, self.model)
+        return Judgement(given, swaps, facts, folds.trajectory, self.model)
 
 
 def _placed(values: Tensor, at: Tensor, num: int) -> Tensor:
@@ -409,33 +442,73 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     pairs, seed = inputs.pairs, settings.seed
     image_ID, caption_CD = inputs.image_ID, inputs.caption_CD
     generator = torch.Generator().manual_seed(seed)
-    swap_N = known_swaps.draw_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
-    _check_swaps(swap_N, pairs)
-    first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
+    look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
+    group_N = torch.arange(len(pairs))
+    fold_N = assign_folds(group_N, settings.folds, generator)
+    block_N = look_fold_N * settings.folds + fold_N
+    swaps = _known_swaps(pairs, known_swaps.draw_swaps, block_N, settings, generator)
+    untrained = zero_shot(inputs, swaps)
+    first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
     if whole_images:
-        swap_N = known_swaps.draw_image_swaps(pairs.image_N, pairs.caption_N, pairs.num_captions, generator)
-        _check_swaps(swap_N, pairs)
-        first = first_look(image_ID, caption_CD, pairs, swap_N, settings, seed)
-    group_N = pairs.image_N if whole_images else torch.arange(len(pairs))
+        group_N = pairs.image_N
+        fold_N = assign_folds(group_N, settings.folds, generator)
+        block_N = look_fold_N * settings.folds + fold_N
+        swaps = _known_swaps(pairs, known_swaps.draw_image_swaps, block_N, settings, generator)
+        untrained = zero_shot(inputs, swaps)
+        first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
-    folds = train_folds(inputs, swap_N, prior_N, group_N, settings, seed, progress)
+    trusted_N = torch.zeros(len(pairs), dtype=torch.bool) if inputs.trusted_N is None else inputs.trusted_N
+    prior_N[trusted_N] = 1.0
+    folds = train_folds(inputs, swaps, prior_N, fold_N, settings, seed, progress)
     held_out = combine_held_out(
-        first.evidence, folds.loss, folds.distance, pairs, pairs.image_N, whole_images, seed
+        first.evidence, folds.loss, folds.distance, pairs.image_N, swaps.image_N, whole_images, seed
     )
-    num_planted = max(1, round(settings.planted_share * len(pairs)))
-    planted = torch.randperm(len(pairs), generator=generator)[:num_planted].sort().values
-    final = train_final(
-        inputs,
-        Pairs(pairs.image_N[planted], swap_N[planted], pairs.num_images, pairs.num_captions),
-        (1 - held_out.posterior.given_N).clamp_min(MIN_WEIGHT),
-        (1 - held_out.posterior.swaps_S[planted]).clamp_min(MIN_WEIGHT),
-        settings,
-        seed + 100,
-        progress,
-    )
+    # Whole groups are planted, so that swapped images stand or fall together as wrong ones do.
+    groups = group_N.unique()
+    chosen = torch.randperm(len(groups), generator=generator)[
+        : max(1, round(settings.planted_share * len(groups)))
+    ]
+    planted = torch.isin(group_N, groups[chosen]).nonzero().squeeze(1)
+    sitting_in = swaps.select(planted)
+    noise = Evidence(held_out.posterior.given_N, held_out.posterior.swaps_S[planted])
+    held_loss = Evidence(folds.loss.given_N, folds.loss.swaps_S[planted])
+    # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions
+    # of a wrong image confirm each other, and would be learnt.
+    power = 1.0 if whole_images else min(1.0, settings.final_power + held_out.rate.estimate)
+    for again in range(settings.final_rounds):
+        final = train_final(
+            inputs,
+            sitting_in,
+            torch.where(trusted_N, 1.0, (1 - noise.given_N).clamp_min(MIN_WEIGHT) ** power),
+            (1 - noise.swaps_S).clamp_min(MIN_WEIGHT) ** power,
+            settings,
+            seed + 100 + again,
+            progress,
+        )
+        evidence = fused(held_loss, final.loss, final.loss)
+        if whole_images:
+            evidence = by_image(evidence, pairs.image_N, sitting_in.image_N)
+        noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
-    return Trained(first, folds, final, model, swap_N, planted, whole_images)
+    return Trained(first, folds, final, model, swaps, planted, whole_images, untrained)
+
+
+def _known_swaps(
+    pairs: Pairs,
+    draw: Callable[[Tensor, Tensor, int, torch.Generator, Tensor], Tensor],
+    block_N: Tensor,
+    settings: TrainSection,
+    generator: torch.Generator,
+) -> Pairs:
+    """Sets of known swaps within blocks, one behind the other, `settings.known_swaps` or eight sets of them."""
+    copies = min(8, math.ceil(settings.known_swaps / len(pairs)))
+    drawn = [
+        draw(pairs.image_N, pairs.caption_N, pairs.num_captions, generator, block_N) for _ in range(copies)
+    ]
+    for one in drawn:
+        _check_swaps(one, pairs)
+    return Pairs(pairs.image_N.repeat(copies), torch.cat(drawn), pairs.num_images, pairs.num_captions)
 
 
 def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:

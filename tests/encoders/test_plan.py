@@ -132,7 +132,7 @@ def test_published_weights_that_cannot_be_had_are_refused_quickly(offline):
             {"encoder": "timm:resnet18"},
             "timm:resnet18 encodes images only (--image-encoder timm:resnet18 --text-encoder tfidf)",
         ),
-        ({"text_encoder": "patches"}, "unknown text encoder 'patches' (known: open_clip:, tfidf)"),
+        ({"text_encoder": "patches"}, "unknown text encoder 'patches' (known: open_clip:, tfidf, st:)"),
         (
             {"image_encoder": "builtin"},
             "builtin chooses both sides at once (give --encoder builtin and no --image-encoder)",

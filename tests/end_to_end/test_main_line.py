@@ -256,3 +256,39 @@ def test_an_open_clip_checkpoint_runs_the_same_path(place: Path) -> None:
     assert (joined(place / "clip")["status"] == "ok").sum() == (
         joined(place / "runs/drawn")["status"] == "ok"
     ).sum()
+
+
+@pytest.mark.slow
+def test_a_rerun_follows_decisions_and_leaves_their_file_alone(place: Path) -> None:
+    run = place / "runs/decided"
+    shutil.copytree(place / "runs/drawn", run)
+    before = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    tags = pq.read_table(run / "tags.parquet").to_pylist()
+    noisy, clean = (next(one["pair_id"] for one in tags if one["tag"] == tag) for tag in ("noisy", "clean"))
+    lines = [
+        json.dumps({"time": "2026-11-22T10:00:00Z", "reviewer": "ann", "pair_id": one, "decision": decision})
+        for one, decision in ((noisy, "keep"), (clean, "drop"))
+    ]
+    (run / "decisions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = (run / "decisions.jsonl").read_bytes()
+
+    nc("score", "drawn", *QUICK, "--out", run, cwd=place)
+    after = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    assert {name for name in after if after[name] != before[name]} == {"tag"}
+    by_pair = {
+        one["pair_id"]: (one["tag"], one["decided_by"])
+        for one in pq.read_table(run / "tags.parquet").to_pylist()
+    }
+    assert (by_pair[noisy], by_pair[clean]) == (("clean", "ann"), ("noisy", "ann"))
+    assert "nothing to do" in nc("score", "drawn", *QUICK, "--out", run, cwd=place).stderr
+
+    (run / "decisions.jsonl").unlink()
+    nc("score", "drawn", *QUICK, "--out", run, cwd=place)
+    assert pq.read_table(run / "tags.parquet").to_pylist() == tags
+    (run / "decisions.jsonl").write_bytes(content)
+    nc("tag", "--run", run, "--noisy-at", "0.9", cwd=place)
+    assert (run / "decisions.jsonl").read_bytes() == content
+    dropped = nc("export", "--run", run, "--drop", "noisy", cwd=place)
+    assert dropped.returncode == 0
+    with (run / "export/dropped.csv").open(newline="", encoding="utf-8") as file:
+        assert clean in {row["pair_id"] for row in csv.DictReader(file)}

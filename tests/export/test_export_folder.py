@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from make_run import Pair, make_run, reader
@@ -26,7 +29,7 @@ def beside(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-WHOLE = ["README.md", "data/train-00000-of-00001.parquet", "dropped.csv", "export.json"]
+WHOLE = ["README.md", "croissant.json", "data/train-00000-of-00001.parquet", "dropped.csv", "export.json"]
 
 
 def test_an_export_lists_its_files(run, tmp_path):
@@ -38,7 +41,7 @@ def test_an_export_lists_its_files(run, tmp_path):
 def test_an_earlier_export_is_replaced_as_a_whole(run, tmp_path):
     out = tmp_path / "out"
     export_run(run, out, rematch=True, read_image=reader())
-    assert "rematched.csv" in names(out)
+    assert "rematches.csv" in names(out)
     export_run(run, out, drop=["noisy"], read_image=reader())
     assert names(out) == WHOLE
     assert json.loads((out / "export.json").read_text(encoding="utf-8"))["kept"] == 1
@@ -174,3 +177,40 @@ def test_a_linked_folder_stays_a_link(run, tmp_path):
     export_run(run, tmp_path / "out", read_image=reader())
     assert (tmp_path / "out").is_symlink()
     assert names(tmp_path / "real") == WHOLE
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from make_run import picture
+from nc_audit.export import export_run
+from nc_audit.run import Run
+
+calls = 0
+
+def read(uri):
+    global calls
+    calls += 1
+    if calls == 3:
+        print("in the middle", flush=True)
+        time.sleep(60)
+    return picture(calls)
+
+export_run(Run.open(Path({run!r})), Path({out!r}), format="webdataset", overwrite=True, read_image=read)
+"""
+
+
+def test_a_process_killed_in_the_middle_leaves_the_earlier_export(tmp_path):
+    run, out = make_run(tmp_path / "run", [Pair(i, f"caption {i}") for i in range(5)]), tmp_path / "out"
+    export_run(run, out, format="jsonl", read_image=reader())
+    before = names(out)
+    code = KILLED.format(tests=str(Path(__file__).parents[1]), run=str(run.path), out=str(out))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "in the middle\n"
+        process.kill()
+    assert names(out) == before
+    assert beside(tmp_path) == [".out.partial", "out", "run"]
+    export_run(run, out, format="webdataset", read_image=reader())
+    assert beside(tmp_path) == ["out", "run"]
+    assert "data/train-000000.tar" in names(out)

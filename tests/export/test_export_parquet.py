@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from make_run import Pair, make_run, picture, reader
+from offline_datasets import offline_library
 
 from nc_audit.export import export_run
-from nc_audit.export.parquet import IMAGE, base_name, split_names, write_shards
+from nc_audit.export.names import base_name, split_names
+from nc_audit.export.parquet import IMAGE, write_shards
 
 HOSTILE = [
     "../../etc/x",
@@ -36,12 +38,7 @@ HOSTILE = [
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    """The library, offline, with its cache in the test's own folder."""
-    library = pytest.importorskip("datasets")
-    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
-    library.disable_progress_bars()
-    return library
+    return offline_library(tmp_path / "cache", monkeypatch)
 
 
 def kept_table(images: list[int]) -> pa.Table:
@@ -116,7 +113,7 @@ def test_images_of_any_format_travel_byte_for_byte(tmp_path):
     written = write_shards(
         kept_table([0, 1, 2, 3]), tmp_path, lambda image_id, uri: files[image_id], with_splits=False
     )
-    table = pq.read_table(tmp_path / written.splits["train"][0])
+    table = pq.read_table(tmp_path / next(iter(written.data)))
     assert table.schema.field("image").type == IMAGE
     assert [image["bytes"] for image in table["image"].to_pylist()] == list(files.values())
 
@@ -133,7 +130,7 @@ def test_shards_are_numbered_and_row_groups_small(tmp_path):
         row_group_bytes=7000,
     )
     names = [f"data/train-{i:05d}-of-00006.parquet" for i in range(6)]
-    assert written.splits == {"train": names}
+    assert written.data == dict.fromkeys(names)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == names
     assert [pq.read_metadata(tmp_path / name).num_rows for name in names] == [7, 7, 7, 7, 7, 5]
     rows = pa.concat_tables(pq.read_table(tmp_path / name) for name in names)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_run import Pair, make_run, picture, reader
 
@@ -34,9 +34,9 @@ def run(tmp_path):
     pairs = [
         Pair(0, "a red house", probability=0.25),
         Pair(0, "a house that is red", probability=0.125),
-        Pair(1, "a plane", tag="noisy", probability=0.875, best_caption="a tank", best_caption_margin=0.2),
-        Pair(1, "a boat", tag="noisy", probability=0.75, best_caption="a ship", best_caption_margin=-0.25),
-        Pair(2, "a tent", tag="ambiguous", probability=0.5, best_caption="a cone", best_caption_margin=0.5),
+        Pair(1, "a plane", tag="noisy", probability=0.875, rematch_row=3, rematch_probability=0.2),
+        Pair(1, "a boat", tag="noisy", probability=0.75),
+        Pair(2, "a tent", tag="ambiguous", probability=0.5),
         Pair(3, "", status="empty_caption"),
         Pair(4, "a court", status="missing_image"),
         Pair(5, "a road", tag=None, probability=None, noise_score=None),
@@ -104,42 +104,54 @@ def test_weights_stay_within_bounds_and_need_a_probability(tmp_path):
     assert result.dropped == {"not scored": 1}
 
 
-def test_rematching_changes_only_noisy_pairs_that_something_fits_better(run, tmp_path):
+def test_a_rematched_pair_gets_the_caption_of_its_row_and_is_kept(run, tmp_path):
     result = export_run(
         run, tmp_path / "out", drop=["noisy"], rematch=True, reweight=True, read_image=reader()
     )
     rows = exported(tmp_path / "out")
-    assert [(row["row"], row["caption"], row["original_caption"], row["weight"]) for row in rows] == [
-        (0, "a red house", None, 0.75),
-        (1, "a house that is red", None, 0.875),
-        (2, "a tank", "a plane", 0.875),
-        (4, "a tent", None, 0.5),
+    assert [(row["row"], row["caption"], row["original_caption"]) for row in rows] == [
+        (0, "a red house", None),
+        (1, "a house that is red", None),
+        (2, "a boat", "a plane"),
+        (4, "a tent", None),
     ]
-    assert result.num_rematched == 1
-    (line,) = listed(tmp_path / "out" / "rematched.csv")
-    assert (line["row"], line["original_caption"], line["caption"], line["best_caption_margin"]) == (
-        "2",
-        "a plane",
-        "a tank",
-        "0.2",
-    )
+    assert [row["weight"] for row in rows] == pytest.approx([0.75, 0.875, 0.8, 0.5])
+    assert (result.num_rematched, result.notes) == (1, [])
+    assert listed(tmp_path / "out" / "rematches.csv") == [
+        {
+            "row": "2", "image": "images/1.png", "old_caption": "a plane", "new_caption": "a boat",
+            "probability": "0.2", "pair_id": rows[2]["pair_id"], "from_row": "3", "decided_by": "model",
+        }
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("caption", "margin"),
-    [(None, 0.5), ("", 0.5), (" \n", 0.5), ("a plane", 0.5), ("a tank", 0.0), ("a tank", None),
-     ("a tank", float("nan")), ("a tank", float("inf"))],
-)  # fmt: skip
-def test_an_unsure_rematch_is_none(tmp_path, caption, margin):
+    ("row", "probability"),
+    [(None, 0.1), (1, None), (1, float("nan")), (0, 0.1), (2, 0.1), (3, 0.1), (99, 0.1)],
+)
+def test_an_unsure_rematch_is_none(tmp_path, row, probability):
     pairs = [
-        Pair(0, "a plane", tag="noisy", best_caption=caption, best_caption_margin=margin),
+        Pair(0, "a plane", tag="noisy", rematch_row=row, rematch_probability=probability),
         Pair(1, "a boat"),
+        Pair(2, "a plane"),
+        Pair(3, "", status="empty_caption"),
+        Pair(4, "a road", rematch_probability=0.5),
     ]
     result = export_run(
         make_run(tmp_path / "run", pairs), tmp_path / "out", rematch=True, drop=["noisy"], read_image=reader()
     )
-    assert (result.num_rematched, result.dropped) == (0, {"tag: noisy": 1})
-    assert listed(tmp_path / "out" / "rematched.csv") == []
+    assert (result.num_rematched, result.dropped["tag: noisy"]) == (0, 1)
+    assert result.notes == ["--rematch changes nothing: the run found no confident re-match"]
+    assert listed(tmp_path / "out" / "rematches.csv") == []
+
+
+def test_a_run_without_rematches_says_so_in_one_line(tmp_path):
+    run = make_run(
+        tmp_path / "run", [Pair(0, "a plane", tag="noisy", best_caption="b", best_caption_margin=1.0)]
+    )
+    result = export_run(run, tmp_path / "out", rematch=True, read_image=reader())
+    assert result.notes == ["--rematch changes nothing: the run did not look for re-matches"]
+    assert [row["caption"] for row in exported(tmp_path / "out")] == ["a plane"]
 
 
 def test_an_image_that_is_gone_by_now_drops_its_rows(run, tmp_path):
@@ -176,7 +188,10 @@ def test_nothing_left_is_an_error(run, tmp_path):
 def test_an_unknown_format_lists_the_known_ones(run, tmp_path):
     with pytest.raises(DatasetError) as caught:
         export_run(run, tmp_path / "out", format="zip", read_image=reader())
-    assert str(caught.value) == "unknown export format 'zip' (known: parquet)"
+    assert str(caught.value) == (
+        "unknown export format 'zip' "
+        "(known: parquet, imagefolder, webdataset, coco, karpathy, csv, jsonl, datacomp, hf)"
+    )
 
 
 def test_an_unknown_tag_names_the_nearest(run, tmp_path):
@@ -200,31 +215,31 @@ PAIRS = st.builds(
     status=st.sampled_from(["ok", "ok", "ok", *STATUSES]),
     tag=st.sampled_from([None, *TAGS_KNOWN, *TAGS_KNOWN]),
     probability=st.sampled_from([None, 0.0, 0.5, 1.0, float("nan")]),
-    best_caption=st.sampled_from([None, "a tank"]),
-    best_caption_margin=st.sampled_from([None, -0.5, 0.5]),
+    rematch_row=st.sampled_from([None, 0, 3, 99]),
+    rematch_probability=st.sampled_from([None, 0.25, float("nan")]),
 )
 
 
-def fate(pair, drop, options, gone):
+def fate(pairs, pair, drop, options, gone):
     """Why a pair is dropped, written from the documentation; None where it is exported."""
     if pair.status != "ok":
         return f"status: {pair.status}"
     if pair.tag is None or (options["reweight"] and pair.probability not in {0.0, 0.5, 1.0}):
         return "not scored"
-    if pair.tag in drop and not is_rematched(pair, options):
+    if pair.tag in drop and new_caption(pairs, pair, options) is None:
         return f"tag: {pair.tag}"
     return "image no longer readable" if pair.number in gone else None
 
 
-def is_rematched(pair, options):
-    return (
-        options["rematch"]
-        and pair.tag == "noisy"
-        and pair.best_caption is not None
-        and pair.best_caption_margin == 0.5
-    )
+def new_caption(pairs, pair, options):
+    if not options["rematch"] or pair.rematch_row is None or pair.rematch_row >= len(pairs):
+        return None
+    caption = pairs[pair.rematch_row].caption
+    is_sure = pair.rematch_probability == 0.25 and pair.status == "ok"
+    return caption if is_sure and caption not in {"", pair.caption} else None
 
 
+@settings(max_examples=25)
 @given(
     pairs=st.lists(PAIRS, min_size=1, max_size=12),
     drop=st.lists(st.sampled_from(TAGS_KNOWN)),
@@ -234,7 +249,7 @@ def is_rematched(pair, options):
 def test_every_row_is_exported_or_listed_and_the_counts_say_so(tmp_path_factory, pairs, drop, options, gone):
     folder = tmp_path_factory.mktemp("export")
     run, out = make_run(folder / "run", pairs), folder / "out"
-    fates = [fate(pair, drop, options, gone) for pair in pairs]
+    fates = [fate(pairs, pair, drop, options, gone) for pair in pairs]
     if None not in fates:
         with pytest.raises(DatasetError, match="no pair is left to export: "):
             export_run(run, out, drop=drop, read_image=reader(gone=sorted(gone)), **options)
@@ -253,24 +268,27 @@ def test_every_row_is_exported_or_listed_and_the_counts_say_so(tmp_path_factory,
     assert marker["files"] == sorted(result.files)
     for row in rows:
         pair = pairs[row["row"]]
-        is_changed = is_rematched(pair, options)
-        assert row["caption"] == ("a tank" if is_changed else pair.caption)
-        assert row.get("original_caption") == (pair.caption if is_changed else None)
+        changed = new_caption(pairs, pair, options)
+        assert row["caption"] == (changed or pair.caption)
+        assert row.get("original_caption") == (pair.caption if changed else None)
         assert row["image"]["bytes"] == picture(pair.number)
         if options["reweight"]:
-            assert row["weight"] == (pair.probability if is_changed else 1 - pair.probability)
+            assert row["weight"] == 1 - (0.25 if changed else pair.probability)
 
 
 def test_lists_hold_no_formulas(tmp_path):
-    pairs = [Pair(0, "=cmd()", tag="noisy", image="@evil.png", best_caption="+1", best_caption_margin=0.5),
-             Pair(1, "-2+3", tag="ambiguous", image="\x1b[2J.png"), Pair(2, "fine")]  # fmt: skip
+    pairs = [
+        Pair(0, "=cmd()", tag="noisy", image="@evil.png", rematch_row=2, rematch_probability=0.1),
+        Pair(1, "-2+3", tag="ambiguous", image="\x1b[2J.png"),
+        Pair(2, "+1"),
+    ]
     out = tmp_path / "out"
     run = make_run(tmp_path / "run", pairs)
     export_run(run, out, drop=["ambiguous"], rematch=True, read_image=reader())
     (line,) = listed(out / "dropped.csv")
     assert (line["caption"], line["image"]) == ("'-2+3", r"\x1b[2J.png")
-    (line,) = listed(out / "rematched.csv")
-    assert (line["original_caption"], line["caption"], line["image"]) == ("'=cmd()", "'+1", "'@evil.png")
+    (line,) = listed(out / "rematches.csv")
+    assert (line["old_caption"], line["new_caption"], line["image"]) == ("'=cmd()", "'+1", "'@evil.png")
     # The data themselves are not for spreadsheets and stay as they are.
     assert exported(out)[0]["original_caption"] == "=cmd()"
 
@@ -288,12 +306,12 @@ def test_the_card_says_what_was_done(run, tmp_path):
         "- recipe: self\\_paced (digest 0f0f)",
         "- options: drop noisy, rematch",
         "- estimated noise rate before the export: 25.0 % (90 % interval 20.0 % to 30.0 %)",
-        "- captions replaced: 1, each listed in `rematched.csv`",
+        "- captions replaced: 1, each listed in `rematches.csv`",
         "| tag: noisy | 1 |",
         "| missing\\_image | 1 | the image file does not exist where the dataset says |",
         "| noisy | 2 |",
         "| train | 4 |",
-        "| `caption` | the caption, re-matched where `original_caption` is given, else as the dataset gives it |",
+        "| `caption` | the caption, replaced where original\\_caption is given, else as the dataset gives it |",
     ]:
         assert f"\n{line}\n" in card, line
     # Every exported column is explained, and where the dataset lay is not told.
@@ -342,3 +360,15 @@ def test_copies_are_exported_like_their_first(tmp_path):
     export_run(run, tmp_path / "out", read_image=reader())
     table = pq.read_table(tmp_path / "out" / "data")
     assert pc.value_counts(table["pair_id"]).field("counts").to_pylist() == [2, 1]
+
+
+def test_the_truth_about_a_caption_does_not_outlive_it(tmp_path):
+    pairs = [Pair(0, "a plane", tag="noisy", rematch_row=1, rematch_probability=0.1), Pair(1, "a boat")]
+    run = make_run(tmp_path / "run", pairs)
+    table = pq.read_table(run.path / "pairs.parquet")
+    at = table.schema.get_field_index("known_noise")
+    run.write_table("pairs", table.set_column(at, table.schema.field(at), pa.array([True, False])))
+    export_run(run, tmp_path / "out", rematch=True, read_image=reader())
+    assert [row["known_noise"] for row in exported(tmp_path / "out")] == [None, False]
+    export_run(run, tmp_path / "out", read_image=reader())
+    assert [row["known_noise"] for row in exported(tmp_path / "out")] == [True, False]

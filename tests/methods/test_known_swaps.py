@@ -66,6 +66,20 @@ class TestDrawing:
         first, second = (draw(image, caption, 100, generator(seed)) for seed in (0, 1))
         assert not torch.equal(first, second)
 
+    @given(seed=strategies.seeds)
+    def test_captions_come_from_the_block(self, draw, seed):
+        image, caption = torch.arange(60) // 3, torch.arange(60)
+        block = (image * 7) % 4
+        swapped = draw(image, caption, 60, generator(seed), block)
+        assert torch.equal(block[swapped], block)
+        assert (image[swapped] != image).all()
+
+    def test_a_block_that_has_nothing_to_give_takes_from_others(self, draw):
+        image, caption = torch.tensor([0, 0, 1, 2]), torch.arange(4)
+        swapped = draw(image, caption, 4, generator(), torch.tensor([0, 0, 1, 1]))
+        assert (swapped[:2] >= 2).all()
+        assert swapped[2:].tolist() == [3, 2]
+
     def test_inputs_stay_as_they_are(self, draw):
         image, caption = torch.arange(30) // 3, torch.arange(30)
         draw(image, caption, 30, generator())

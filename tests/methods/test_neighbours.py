@@ -8,7 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import unit_vectors
 
-from nc_audit.methods.neighbours import neighbour_distance
+from nc_audit.methods.neighbours import nearest_references
+from nc_audit.methods.neighbours import neighbour_distance as of_looked_up
+
+
+def neighbour_distance(
+    query: torch.Tensor,
+    other: torch.Tensor,
+    reference: torch.Tensor,
+    reference_other: torch.Tensor,
+    trust: torch.Tensor,
+    excluded: torch.Tensor,
+    *options: float,
+) -> torch.Tensor:
+    """Both steps, with every reference looked up."""
+    nearest, at = nearest_references(query, reference, len(reference), block=4)
+    return of_looked_up(nearest, at, excluded.gather(1, at), other, reference_other, trust, *options)
+
+
+def test_looking_up_enough_gives_the_same_as_looking_up_all():
+    query, other, reference, reference_other, trust, excluded = drawn(3)
+    nearest, at = nearest_references(query, reference, 4 + int(excluded.sum(1).max()))
+    found = of_looked_up(nearest, at, excluded.gather(1, at), other, reference_other, trust, 4)
+    whole = neighbour_distance(query, other, reference, reference_other, trust, excluded, 4)
+    np.testing.assert_allclose(found, whole, atol=1e-12)
 
 
 def drawn(seed: int, num: int = 6, references: int = 15) -> tuple[torch.Tensor, ...]:

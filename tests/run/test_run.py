@@ -31,6 +31,8 @@ def tags_table(num: int = 3) -> pa.Table:
             ["clean"] * num,
             [["why"]] * num,
             ["model"] * num,
+            pa.nulls(num, pa.int64()),
+            pa.nulls(num, pa.float32()),
         ],
         schema=TAGS,
     )

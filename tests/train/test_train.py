@@ -36,7 +36,7 @@ def test_planted_noise_ranks_above_the_rest(trained: Trained, planted, what):
 
 
 def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, planted):
-    assert auroc(-trained.folds.weight_EN[-1], planted) > 0.9
+    assert auroc(-trained.folds.trajectory.weights[-1], planted) > 0.9
     assert trained.first.rate == pytest.approx(planted.is_noisy_N.double().mean().item(), abs=0.1)
     assert auroc(-trained.first.variation_N, planted) > 0.9
     assert trained.whole_images is False
@@ -45,7 +45,7 @@ def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, 
 def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
     num = len(planted.pairs)
     assert isinstance(trained.model, Model)
-    assert trained.swap_caption_N.shape == (num,)
+    assert len(trained.swaps) == num * -(-QUICK.known_swaps // num)
     assert trained.planted.shape == (round(QUICK.planted_share * num),)
 
 
@@ -57,41 +57,50 @@ def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(traine
 
 
 def test_swaps_are_no_given_pairs_and_planted_ones_are_distinct(trained: Trained, planted):
-    pairs, swaps = planted.pairs, trained.swap_caption_N
+    pairs, swaps = planted.pairs, trained.swaps
     known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
-    assert not known & set(zip(pairs.image_N.tolist(), swaps.tolist(), strict=True))
+    assert not known & set(zip(swaps.image_N.tolist(), swaps.caption_N.tolist(), strict=True))
+    assert torch.equal(swaps.image_N, pairs.image_N.repeat(len(swaps) // len(pairs)))
     assert (trained.planted.diff() > 0).all()
 
 
 def test_the_trajectory_holds_every_epoch_and_agrees_with_itself(trained: Trained, planted):
     folds, num = trained.folds, len(planted.pairs)
-    assert folds.loss_EN.shape == folds.weight_EN.shape == folds.division_EN.shape == (QUICK.epochs, num)
+    loss_EN = torch.stack(folds.trajectory.losses)
+    weight_EN = torch.stack(folds.trajectory.weights)
+    division_EN = torch.stack(folds.trajectory.divisions)
+    assert folds.trajectory.epochs == list(range(1, QUICK.epochs + 1))
+    assert loss_EN.shape == weight_EN.shape == division_EN.shape == (QUICK.epochs, num)
     chance = torch.tensor(300.0).log()
-    assert torch.equal(folds.division_EN, divide(folds.loss_EN / chance, QUICK.clean_at, QUICK.noisy_at))
+    assert torch.equal(division_EN, divide(loss_EN / chance, QUICK.clean_at, QUICK.noisy_at).to(torch.int8))
     for epoch in range(1, QUICK.epochs):
-        paced = folds.weight_EN[0] * pace(folds.loss_EN[epoch - 1] / chance, epoch, QUICK)
-        torch.testing.assert_close(folds.weight_EN[epoch], paced)
-    mean = folds.loss_EN[QUICK.first_counted_epoch - 1 :].mean(0)
+        paced = weight_EN[0] * pace(loss_EN[epoch - 1] / chance, epoch, QUICK)
+        torch.testing.assert_close(weight_EN[epoch], paced)
+    mean = loss_EN[QUICK.first_counted_epoch - 1 :].mean(0)
     torch.testing.assert_close(folds.loss.given_N, mean, atol=1e-4, rtol=1e-4)
     assert torch.equal(folds.matches.loss, folds.loss.given_N)
     assert folds.scale > 1
 
 
 def test_training_weights_are_shares(trained: Trained):
-    assert ((trained.folds.weight_EN >= 0) & (trained.folds.weight_EN <= 1)).all()
+    weight_EN = torch.stack(trained.folds.trajectory.weights)
+    assert ((weight_EN >= 0) & (weight_EN <= 1)).all()
 
 
 def test_a_pair_is_scored_by_heads_that_never_saw_it():
     # The weights of fold 0 reach the heads of the other folds only: its own loss after one epoch does not move.
     small = planted_set(60, 3)
     num = len(small.pairs)
-    group, seed = torch.arange(num), 5
+    seed = 5
     one_epoch = QUICK.model_copy(update={"steps": 12, "epochs": 1, "first_counted_epoch": 1, "batch": 40})
     inputs = inputs_of(small, one_epoch, 60)
-    in_fold_0 = assign_folds(group, one_epoch.folds, torch.Generator().manual_seed(seed)) == 0
+    fold = assign_folds(torch.arange(num), one_epoch.folds, torch.Generator().manual_seed(seed))
+    in_fold_0 = fold == 0
+    pairs = small.pairs
+    swaps = Pairs(pairs.image_N, pairs.caption_N.roll(7), pairs.num_images, pairs.num_captions)
     results = []
     for prior in (torch.ones(num), torch.where(in_fold_0, torch.rand(num), 1.0)):
-        found = train_folds(inputs, small.pairs.caption_N.roll(7), prior, group, one_epoch, seed)
+        found = train_folds(inputs, swaps, prior, fold, one_epoch, seed)
         results.append((found.loss.given_N, found.loss.swaps_S))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[in_fold_0], other[in_fold_0])
@@ -125,7 +134,7 @@ def tensors(trained: Trained) -> list[torch.Tensor]:
         trained.first.posterior_N,
         trained.folds.loss.given_N,
         trained.folds.loss.swaps_S,
-        trained.folds.weight_EN,
+        torch.stack(trained.folds.trajectory.weights),
         trained.final.loss.given_N,
         trained.final.distance.swaps_S,
         *trained.final.heads.state_dict().values(),
@@ -161,21 +170,16 @@ def test_inputs_stay_as_they_are_and_another_seed_gives_other_results():
 # --- whole images
 
 
-def test_whole_image_noise_is_noticed_and_folds_keep_images_together():
+def test_whole_image_noise_is_noticed_and_images_are_planted_whole():
     struck = planted_set(200, 3, 0.4, whole_images=True)
     inputs = inputs_of(struck, QUICK, 200)
     found = train_robustly(inputs, QUICK)
     assert found.whole_images is True
     assert auroc(found.folds.loss.given_N, struck) > 0.9
-    by_image = train_folds(
-        inputs,
-        found.swap_caption_N,
-        found.folds.weight_EN[0],
-        struck.pairs.image_N,
-        QUICK,
-        QUICK.seed,
-    )
-    torch.testing.assert_close(by_image.loss.given_N, found.folds.loss.given_N)
+    chosen = found.swaps.image_N[found.planted].unique()
+    per_image = torch.bincount(struck.pairs.image_N)
+    assert len(chosen) == round(QUICK.planted_share * len(per_image))
+    assert len(found.planted) == per_image[chosen].sum(), "an image's swaps are planted together"
 
 
 @pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])
@@ -202,6 +206,20 @@ def test_the_pace_waits_then_grows_to_its_end():
     divided = settings.model_copy(update={"pace": "divided"})
     torch.testing.assert_close(pace(losses, 3, divided), divided_weight(losses, 0.271, 0.977, 0.8))
     assert pace(losses, 9, settings.model_copy(update={"pace": "none"})).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize(("num_pairs", "scored"), [(10_000, 12), (300_000, 6), (9_000_000, 4)])
+def test_many_pairs_are_scored_less_often_but_always_at_the_end(num_pairs, scored):
+    plan = Plan.of(num_pairs, TrainSection())  # type: ignore[call-arg]
+    at = [epoch for epoch in range(1, plan.epochs + 1) if plan.is_scored(epoch, num_pairs)]
+    assert (len(at), at[-1]) == (scored, plan.epochs)
+
+
+def test_steps_grow_with_the_pairs_up_to_a_bound():
+    steps = [Plan.of(num, TrainSection()).steps for num in (1_000, 30_000, 60_000, 10**6, 10**7)]  # type: ignore[call-arg]
+    assert steps[0] == steps[1] == 156
+    assert steps[2] == pytest.approx(2 * 160, abs=6)
+    assert steps[3] == steps[4] == pytest.approx(8 * 160, abs=6)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +280,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
     with pytest.raises(TrainingError) as caught:
         train_folds(
             inputs,
-            small.pairs.caption_N.roll(5),
+            small.pairs,
             torch.ones(num),
-            torch.arange(num),
+            torch.arange(num) % 3,
             settings,
             0,
         )
