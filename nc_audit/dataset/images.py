@@ -9,6 +9,8 @@ is read only when its real path, symbolic links followed, lies below one of them
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import functools
 import gzip
 import io
@@ -43,7 +45,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:(?=[/\\])", re.IGNORECASE)
-_EMBEDDED = re.compile(r"(.+\.(?:parquet|pq))#(\d+)(?::(.+))?", re.IGNORECASE | re.DOTALL)
+_EMBEDDED = re.compile(r"(.+\.(?:parquet|pq|arrow))#(\d+)(?::(.+))?", re.IGNORECASE | re.DOTALL)
 _MEMBER = re.compile(r"(.+?\.(?:tar|tar\.gz|tgz))#(\d{1,18})\+(\d{1,18}):(.*)", re.IGNORECASE | re.DOTALL)
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -469,6 +471,22 @@ def open_stream(path: str) -> IO[bytes]:
     return file
 
 
+@contextlib.contextmanager
+def arrow_batches(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """The schema and the batches of an Arrow file, mapped into memory, whether a stream or a file with a footer.
+
+    Nothing is validated; ArrowException where the file is neither, or breaks off.
+    """
+    with pa.memory_map(path, "rb") as file:
+        if file.read(6) == b"ARROW1":
+            whole = pa.ipc.open_file(file)
+            yield whole.schema, (whole.get_batch(at) for at in range(whole.num_record_batches))
+        else:
+            file.seek(0)
+            stream = pa.ipc.open_stream(file)
+            yield stream.schema, iter(stream)
+
+
 def embedded_columns(schema: pa.Schema) -> list[str]:
     """Columns of a Parquet file that can hold images: structs with `bytes`, and binary columns, likely ones first."""
     columns = []
@@ -498,7 +516,7 @@ def bytes_of(column: pa.Array) -> pa.Array:
 class ImageStore:
     """Reads the bytes of images by `image_uri`, only below the named roots; safe to share between threads.
 
-    A URI is the root's name, a colon and the path below it; for an image inside a Parquet file followed by `#row`
+    A URI is the root's name, a colon and the path below it; for an image inside a Parquet or Arrow file followed by `#row`
     (and `:column` where the file holds several image columns), inside a tar shard by
     `#offset+size:member`. The row group of the last such image stays in
     memory, unless it is larger than 256 MB: then rows are streamed. Read embedded images in `reading_order`.
@@ -511,6 +529,7 @@ class ImageStore:
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._rows: tuple[tuple[str, str], int, pa.Array] | None = None
         self._stream: tuple[tuple[str, str, int], int, Iterator[pa.RecordBatch]] | None = None
+        self._mapped: tuple[tuple[str, str], list[int], list[pa.Array]] | None = None
 
     def __reduce__(self) -> tuple[type[ImageStore], tuple[dict[str, str]]]:
         """Workers open their own files."""
@@ -531,7 +550,8 @@ class ImageStore:
             path, row, column = self.path_of(embedded[1]), int(embedded[2]), embedded[3]
             try:
                 with self._lock:
-                    return self._read_row(path, row, column, uri)
+                    read = self._read_mapped if embedded[1].lower().endswith(".arrow") else self._read_row
+                    return read(path, row, column, uri)
             except (pa.ArrowException, OSError) as problem:
                 raise DatasetError(
                     f"{uri} cannot be read: {_one_line(problem)}", "load the dataset again"
@@ -598,6 +618,32 @@ class ImageStore:
         if len(data) < size:
             raise DatasetError(f"{uri} is beyond the end of its shard", "load the dataset again")
         return data
+
+    def _read_mapped(self, path: str, row: int, column: str | None, uri: str) -> bytes:
+        """Bytes of an Arrow file; its column stays mapped, so that a row is a look into memory."""
+        key = (path, column or "")
+        if self._mapped is None or self._mapped[0] != key:
+            ends, arrays = list[int](), list[pa.Array]()
+            with arrow_batches(path) as (schema, batches):
+                names = embedded_columns(schema)
+                name = column or (names[0] if names else "")
+                if name not in names:
+                    raise DatasetError(f"{uri} names no image column", "load the dataset again")
+                for batch in batches:
+                    values = batch.column(name)
+                    values.validate(full=True)
+                    arrays.append(bytes_of(values))
+                    ends.append((ends[-1] if ends else 0) + len(batch))
+            self._mapped = (key, ends, arrays)
+        _, ends, arrays = self._mapped
+        at = bisect.bisect_right(ends, row)
+        if at == len(ends):
+            rows = ends[-1] if ends else 0
+            raise DatasetError(f"{uri} is beyond the {rows:,} rows of its file", "load the dataset again")
+        value = arrays[at][row - ends[at]]
+        if not value.is_valid:
+            raise DatasetError(f"{uri} holds no bytes", "load the dataset again")
+        return cast(bytes, value.as_py())
 
     def _read_row(self, path: str, row: int, column: str | None, uri: str) -> bytes:
         file = self._opened(path)

@@ -4,8 +4,8 @@ A folder is searched by evidence, the first kind that is there wins, and what wa
 
 1. `metadata.csv|jsonl|parquet` in the folder or its subfolders (ImageFolder);
 2. a Karpathy json; 3. a COCO captions json;
-4. webdataset shards (tar); 5. Parquet files;
-6. any other csv, tsv, json lines or json table with an image and a caption column.
+4. webdataset shards (tar); 5. Parquet files; 6. Arrow files, those of `datasets.save_to_disk` as it lists them;
+7. any other csv, tsv, json lines or json table with an image and a caption column.
 
 The folder itself is searched before its subfolders, and those before theirs. Files whose names differ only by the
 split (`captions_train2014.json`, `captions_val2014.json`) belong together; of two unrelated files of one kind
@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset import captions_json, shards, tables
+from nc_audit.dataset import captions_json, saved, shards, tables
 from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
 from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
@@ -32,10 +32,11 @@ from nc_audit.errors import DatasetError
 
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 _JSON_LINES = (".jsonl", ".ndjson")
-_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS, *shards.SHARD_ENDINGS)
+_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS, saved.ARROW_ENDING, *shards.SHARD_ENDINGS)
 _UNDERSTOOD = (
     "understood: a Karpathy or COCO captions json, metadata.csv|jsonl|parquet beside images, a csv, tsv, jsonl or "
-    "json table with an image and a caption column, Parquet with images or paths, webdataset tar shards"
+    "json table with an image and a caption column, Parquet with images or paths, webdataset tar shards, a folder of "
+    "datasets.save_to_disk"
 )
 _KINDS = {
     "metadata": "ImageFolder metadata",
@@ -43,6 +44,7 @@ _KINDS = {
     "coco": "a COCO captions json",
     "webdataset": "a webdataset",
     "parquet": "Parquet",
+    "saved": "a dataset of datasets.save_to_disk",
     "table": "a table",
 }
 _MAX_DEPTH = 2
@@ -130,6 +132,10 @@ def read_file(
             return tables.read_json_lines(file.path, file.source, file.split, options, notes, prefer)
         case "tar":
             return shards.read_shard(file.path, file.source, file.split, options, notes, is_inside)
+        case "arrow":
+            return saved.read_arrow(
+                file.path, file.source, file.split, options, notes, is_inside, on_rows
+            )
         case "parquet":
             return tables.read_parquet(
                 file.path, file.source, file.split, options, notes, prefer, is_inside, on_rows
@@ -142,6 +148,9 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     exported = _export_of_ours(folder, options)
     if exported:
         return _planned(folder, exported, ["an export of nc-audit, which names its files and their splits"])
+    arrows = _saved(folder)
+    if arrows:
+        return _planned(folder, arrows, [])
     problems: list[DatasetError] = []
     unfit: list[DatasetFile] = []
     lists = {folder / name for name in lists_of(folder)}
@@ -158,6 +167,16 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     raise DatasetError(
         f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
     )
+
+
+def _saved(folder: Path) -> list[DatasetFile]:
+    """The files of a dataset on disk as its own lists name them; none for another folder."""
+    return [
+        DatasetFile(
+            one.path, one.source, "saved", "arrow", one.split, columns=saved.arrow_names(one.path, one.source)
+        )
+        for one in saved.saved_files(folder)
+    ]
 
 
 def _export_of_ours(folder: Path, options: LoadOptions) -> list[DatasetFile]:
@@ -270,6 +289,9 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
         return DatasetFile(path, source, "webdataset", "tar", split) if is_fit else None
     with path.open("rb") as handle:
         start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if ending == saved.ARROW_ENDING:
+        names = saved.arrow_names(path, source)
+        return DatasetFile(path, source, "saved", "arrow", split, columns=names)
     if ending in PARQUET_ENDINGS or start.startswith(b"PAR1"):
         kind = "metadata" if kind == "metadata" else "parquet"
         return DatasetFile(path, source, kind, "parquet", split, columns=tables.parquet_names(path, source))
@@ -350,7 +372,7 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
     families: dict[Any, list[DatasetFile]] = {}
     for file in files:
         families.setdefault(
-            frozenset(file.columns) if kind in ("parquet", "webdataset") else family_of(file.source), []
+            frozenset(file.columns) if kind in ("parquet", "saved", "webdataset") else family_of(file.source), []
         ).append(file)
     if len(families) > 1:
         names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")
@@ -385,6 +407,8 @@ def _planned(root: Path, files: list[DatasetFile], notes: list[str]) -> Plan:
             layout = f"webdataset {names}"
         case "parquet":
             layout = f"Parquet {names}"
+        case "saved":
+            layout = f"a dataset of datasets.save_to_disk, {names}"
         case _ if file.form == "mapping":
             layout = f"json map from file name to captions {names}"
         case _:

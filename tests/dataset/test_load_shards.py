@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nc_audit.dataset import ImageStore, content_id
+from nc_audit.dataset import ImageStore, content_id, shards
 from nc_audit.errors import AuditError, DatasetError
 
 
@@ -124,3 +124,90 @@ def test_damaged_shards_never_crash(tmp_path, mode, places, end):
     path.write_bytes(data[: max(end, 1)])
     with contextlib.suppress(AuditError):
         assert len(load(path).pairs) > 0
+
+
+def test_shards_of_which_nothing_was_fetched_give_their_failed_rows(tmp_path):
+    table = {"url": ["http://x/0"], "caption": ["gone"], "key": ["000000000"], "status": ["failed_to_download"],
+             "error_message": ["timed out"]}  # fmt: skip
+    shard(tmp_path / "00000.tar", [("000000000.jpg", picture(1, "JPEG")), ("000000000.txt", b"a pond")])
+    shard(tmp_path / "00001.tar", [])
+    (tmp_path / "00002.tar").write_bytes(b"")
+    for name in ("00001", "00002"):
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    loaded = load(tmp_path)
+    assert column(loaded, "source") == ["00000.tar", "00001.tar", "00002.tar"]
+    assert column(loaded, "status") == ["ok", "missing_image", "missing_image"]
+    assert column(loaded, "status_detail")[1] == "img2dataset: failed_to_download: timed out"
+
+
+def test_a_damaged_place_costs_only_what_stands_there(tmp_path):
+    members = [
+        (f"{i}.{end}", value) for i in range(4) for end, value in (("png", picture(i)), ("txt", b"c%d" % i))
+    ]
+    data = bytearray(shard(tmp_path / "a.tar", members).read_bytes())
+    data[0:512] = b"\xff" * 512  # the first header
+    data[5 * 1024 : 5 * 1024 + 512] = b"\xff" * 512  # the third caption's
+    (tmp_path / "a.tar").write_bytes(data)
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == ["c0", "c1", None, "c3"]
+    assert column(loaded, "status") == ["missing_image", "ok", "missing_caption", "ok"]
+    assert sum("a.tar is damaged, and reading goes on at byte" in note for note in loaded.notes) == 2
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tgz", "w:gz")])
+def test_captions_that_follow_all_images_are_found(tmp_path, name, mode):
+    one = picture(1)
+    shard(
+        tmp_path / name,
+        [(f"{i:04}.png", one) for i in range(1200)] + [(f"{i:04}.txt", b"c%d" % i) for i in range(1200)],
+        mode,
+    )
+    loaded = load(tmp_path)
+    assert loaded.counts == {"ok": 1200}
+
+
+def test_keys_of_several_folders_are_told_apart(tmp_path):
+    members = []
+    for folder in ("x", "y"):
+        members += [(f"{folder}/7.png", picture(ord(folder))), (f"{folder}/7.txt", folder.encode())]
+    members += [("z/8.png", picture(8)), ("z/8.txt", b"z")]
+    shard(tmp_path / "a.tar", members)
+    table = {"key": ["y/7", "8", "7"], "caption": ["y", "z", "which?"], "url": ["u"] * 3,
+             "status": ["success", "success", "failed_to_resize"], "error_message": [None, None, "bad"]}  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == ["y", "z", "which?", "x"]
+    assert column(loaded, "status") == ["ok", "ok", "missing_image", "ok"]
+
+
+def test_captions_that_are_no_utf8_are_noted_with_their_name(tmp_path):
+    shard(
+        tmp_path / "a.tar",
+        [("0.png", picture(1)), ("0.txt", "an île".encode("cp1252")),
+         ("1.png", picture(2)), ("1.txt", "a château".encode("utf-16"))],
+    )  # fmt: skip
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == ["an île", "a château"]
+    assert (
+        "1 caption of a.tar is not valid UTF-8 and read as Windows-1252, the superset of Latin-1 "
+        "(first: 0.txt); check accented letters" in loaded.notes
+    )
+
+
+def test_a_compressed_shard_that_unfolds_too_far_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SMALL", 100_000)
+    members = [("0.png", picture(1)), ("0.txt", b"fine"), ("1.bin", bytes(2_000_000)), ("2.png", picture(2))]
+    shard(tmp_path / "a.tgz", members, "w:gz")
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == ["fine"]
+    assert any("it decompresses to more than" in note for note in loaded.notes)
+
+
+def test_the_split_of_a_member_goes_before_that_of_the_file(tmp_path):
+    said = json.dumps({"caption": "b", "split": "test"}).encode()
+    shard(
+        tmp_path / "train.tar",
+        [("0.png", picture(1)), ("0.txt", b"a"), ("1.png", picture(2)), ("1.json", said)],
+    )
+    assert column(load(tmp_path), "split") == ["train", "test"]
+    assert column(load(tmp_path, split="test"), "caption") == ["b"]
