@@ -133,9 +133,7 @@ def read_file(
         case "tar":
             return shards.read_shard(file.path, file.source, file.split, options, notes, is_inside)
         case "arrow":
-            return saved.read_arrow(
-                file.path, file.source, file.split, options, notes, is_inside, on_rows
-            )
+            return saved.read_arrow(file.path, file.source, file.split, options, notes, is_inside, on_rows)
         case "parquet":
             return tables.read_parquet(
                 file.path, file.source, file.split, options, notes, prefer, is_inside, on_rows
@@ -372,7 +370,8 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
     families: dict[Any, list[DatasetFile]] = {}
     for file in files:
         families.setdefault(
-            frozenset(file.columns) if kind in ("parquet", "saved", "webdataset") else family_of(file.source), []
+            frozenset(file.columns) if kind in ("parquet", "saved", "webdataset") else family_of(file.source),
+            [],
         ).append(file)
     if len(families) > 1:
         names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")

@@ -57,9 +57,7 @@ def saved_files(folder: Path) -> list[SavedFile]:
                 raise DatasetError(
                     f"{folder / _DICT} lists the split {name}, which is not there", "save the dataset again"
                 )
-            files += [
-                SavedFile(one.path, f"{name}/{one.source}", name) for one in _files_of(folder / name)
-            ]
+            files += [SavedFile(one.path, f"{name}/{one.source}", name) for one in _files_of(folder / name)]
         return files
     return _files_of(folder) if (folder / _STATE).is_file() else []
 
@@ -93,7 +91,9 @@ def _listed(path: Path) -> dict[str, Any]:
             raise DatasetError(f"{path} has more than {_MAX_STATE:,} bytes", "check what wrote it")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise DatasetError(f"{path} cannot be read: {_one_line(problem)}", "save the dataset again") from problem
+        raise DatasetError(
+            f"{path} cannot be read: {_one_line(problem)}", "save the dataset again"
+        ) from problem
     return value if isinstance(value, dict) else {}
 
 
@@ -150,7 +150,17 @@ def read_arrow(
                 for first in range(0, len(wanted), size):
                     stretch = wanted.slice(first, size)
                     yield table_batch(
-                        stretch, columns, extras, has_bytes, source, split, options, uri, start, is_inside, counts
+                        stretch,
+                        columns,
+                        extras,
+                        has_bytes,
+                        source,
+                        split,
+                        options,
+                        uri,
+                        start,
+                        is_inside,
+                        counts,
                     )
                     start += len(stretch)
                     if on_rows:

@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from nc_audit.dataset.captions_json import decode_text, parse_json
+from nc_audit.dataset.extras import scalars_of
+from nc_audit.dataset.guard import marker_of
 from nc_audit.dataset.ids import content_id
 from nc_audit.dataset.images import MAX_BYTES, header_problem, open_stream
 from nc_audit.dataset.rows import Batch, Embedded, LoadOptions, captions_of, counted, flag_of, text_of
@@ -116,7 +118,9 @@ def read_shard(
     samples, num_other = _samples(path, source, is_inside, problems)
     fetched = _fetched(path)
     if not samples and not fetched:
-        message = f"{source} holds no image and no caption" + (f"; it is damaged{problems[0]}" if problems else "")
+        message = f"{source} holds no image and no caption" + (
+            f"; it is damaged{problems[0]}" if problems else ""
+        )
         raise DatasetError(message, "check that it is a webdataset shard, and whole")
     notes += [f"{source} is damaged{problem}" for problem in problems]
     legacy = [sample.legacy for sample in samples if sample.legacy is not None]
@@ -136,12 +140,13 @@ def read_shard(
             f"{source} is compressed, so its images are read from its start onwards; a plain tar is faster"
         )
     batch = Batch(source)
+    is_ours = any((marker_of(place) or {}).get("format") == "webdataset" for place in path.parents[:2])
     keyed = _Keyed(samples)
     for record in fetched:
         key = str(record.get("key"))
         sample = keyed.take(key)
         if sample is not None:
-            _add(batch, sample, split, options)
+            _add(batch, sample, split, options, is_ours)
             continue
         caption = text_of(record.get("caption"))
         row = batch.add(text_of(record.get("url")), caption, split, None)
@@ -150,7 +155,7 @@ def read_shard(
         if caption is None:
             batch.caption_remarks[row] = f"key {key} of the table holds no caption"
     for sample in keyed.left():
-        _add(batch, sample, split, options)
+        _add(batch, sample, split, options, is_ours)
     yield batch
 
 
@@ -385,8 +390,8 @@ def _bytes_at(data: IO[bytes], offset: int, size: int) -> bytes:
         return b""
 
 
-def _add(batch: Batch, sample: _Sample, split: str | None, options: LoadOptions) -> None:
-    """The rows of one sample."""
+def _add(batch: Batch, sample: _Sample, split: str | None, options: LoadOptions, is_ours: bool) -> None:
+    """The rows of one sample; an export of ours has its caption in the json exactly."""
     facts: dict[str, Any] = {}
     remark = sample.remark
     if "json" in sample.texts:
@@ -397,16 +402,23 @@ def _add(batch: Batch, sample: _Sample, split: str | None, options: LoadOptions)
             remark = remark or (problem.message if isinstance(problem, DatasetError) else str(problem))
     captions: list[str | None] = [None]
     plain_text = next((sample.texts[one] for one in ("txt", "caption") if one in sample.texts), None)
-    if plain_text is not None and options.caption_column is None:
+    used = {"split", "known_noise", "image"}
+    if is_ours and options.caption_column is None and isinstance(facts.get("caption"), str):
+        captions, used = [facts["caption"]], used | {"caption"}
+    elif plain_text is not None and options.caption_column is None:
         captions = [plain_text.removesuffix("\n").removesuffix("\r")]
     elif facts:
         names = guess_columns(list(facts))[1]
         if options.caption_column is not None:
             names = tuple(name for name in facts if plain(name) == plain(options.caption_column))
         captions = [one for name in names for one in captions_of(facts[name])] or [None]
+        used |= set(names)
+    extras = scalars_of(facts, used)
     row_split = text_of(facts.get("split")) or split
     for caption in captions:
         row = batch.add(sample.image, caption, row_split, flag_of(facts.get("known_noise")))
+        if extras:
+            batch.extras[row] = extras
         if sample.held is not None:
             batch.embedded[row] = sample.held
         else:
