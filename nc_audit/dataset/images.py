@@ -1,7 +1,8 @@
 """Finding image files below the allowed roots, reading them by `image_uri`, and decoding hostile bytes.
 
 Two roots exist: `dataset`, the folder of the dataset, and `image_root`, the folder given by --image-root. A file
-is read only when its real path, symbolic links followed, lies below one of them.
+is read only when its real path, symbolic links followed, lies below one of them, or, for a dataset in the hub's
+cache, below its `blobs` (the root `hub`). Fetched images lie below `downloads`.
 """
 
 # ruff: noqa: PTH114, PTH116, PTH117, PTH118
@@ -33,6 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from nc_audit.dataset.ids import content_id
+from nc_audit.dataset.places import blobs_of
 from nc_audit.errors import DatasetError
 
 MAX_PIXELS = 178_956_970
@@ -90,6 +92,9 @@ class ImageFinder:
 
     def __init__(self, dataset: Path, image_root: Path | None = None) -> None:
         self.roots: dict[str, str] = {"dataset": str(dataset.resolve())}
+        blobs = blobs_of(dataset)
+        if blobs is not None:
+            self.roots["hub"] = str(blobs)
         if image_root is not None:
             self.roots["image_root"] = str(image_root.resolve())
         self.num_mapped: dict[str, int] = {}
@@ -138,9 +143,8 @@ class ImageFinder:
         return found
 
     def _names_of_roots(self) -> str:
-        return " or ".join(
-            {"dataset": "the dataset's folder", "image_root": "--image-root"}[name] for name in self.roots
-        )
+        words = {"dataset": "the dataset's folder", "image_root": "--image-root"}
+        return " or ".join(words[name] for name in self.roots if name in words)
 
     def _exists_as_given(self, image: str, folder: str) -> bool:
         return image != image.strip() and os.path.lexists(os.path.join(self.roots["dataset"], folder, image))
@@ -516,8 +520,8 @@ def bytes_of(column: pa.Array) -> pa.Array:
 class ImageStore:
     """Reads the bytes of images by `image_uri`, only below the named roots; safe to share between threads.
 
-    A URI is the root's name, a colon and the path below it; for an image inside a Parquet or Arrow file followed by `#row`
-    (and `:column` where the file holds several image columns), inside a tar shard by
+    A URI is the root's name, a colon and the path below it; for an image inside a Parquet or Arrow file
+    followed by `#row` (and `:column` where the file holds several image columns), inside a tar shard by
     `#offset+size:member`. The row group of the last such image stays in
     memory, unless it is larger than 256 MB: then rows are streamed. Read embedded images in `reading_order`.
     """

@@ -27,7 +27,8 @@ from typing import Any
 from nc_audit.dataset import captions_json, saved, shards, tables
 from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
-from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
+from nc_audit.dataset.places import files_of, is_pattern, root_of
+from nc_audit.dataset.rows import Batch, LoadOptions, counted, family_of, split_named_by
 from nc_audit.errors import DatasetError
 
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
@@ -82,6 +83,8 @@ def recognise(path: Path, options: LoadOptions) -> Plan:
     Raises:
         DatasetError: there is no such path, nothing in it is recognised, or several files are equally likely.
     """
+    if is_pattern(path):
+        return _recognise_pattern(path, options)
     if not path.exists():
         parent = path.absolute().parent
         siblings = [one.name for one in parent.iterdir()] if parent.is_dir() else []
@@ -165,6 +168,23 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     raise DatasetError(
         f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
     )
+
+
+def _recognise_pattern(pattern: Path, options: LoadOptions) -> Plan:
+    """The files that fit a pattern, which must be of one kind; none is left out without a note."""
+    folder, problems, unfit = root_of(pattern), list[DatasetError](), list[DatasetFile]()
+    files = files_of(pattern)
+    if not files:
+        raise DatasetError(f"no file fits the pattern {pattern}", _UNDERSTOOD)
+    found, others = _sniff_all(folder, files, options, problems, unfit)
+    if not found:
+        if problems:
+            raise problems[0]
+        raise DatasetError(
+            f"none of the {counted(len(files), 'file')} that fit {pattern} states image-caption pairs",
+            _UNDERSTOOD,
+        )
+    return _chosen(folder.absolute(), found, others)
 
 
 def _saved(folder: Path) -> list[DatasetFile]:
