@@ -111,7 +111,7 @@ CASES = {
     "coco": ({**A, "captions.json": coco([(1, "a.png")], [(1, "x"), (1, "y")])}, [OK, OK]),
     "coco, unknown image": ({**A, "captions.json": coco([(1, "a.png")], [(1, "x"), (9, "y")])}, [OK, GONE]),
     "coco, image without caption": ({**A, **B, "captions.json": coco([(1, "a.png"), (2, "b.png")], [(1, "x")])},
-                                    [OK, MUTE]),
+                                    [OK]),
     "imagefolder": ({"train/a.png": PNG, "train/metadata.csv": b"file_name,text\na.png,x\ngone.png,y\n"}, [OK, GONE]),
     "imagefolder, jsonl": ({**A, "metadata.jsonl": b'{"file_name":"a.png","text":"x"}\n'}, [OK]),
     "imagefolder, Parquet": ({**A, "metadata.parquet": parquet(file_name=["a.png"], text=["x"])}, [OK]),
