@@ -35,6 +35,8 @@ _HOW = {
     "file_name": "{} with an image named by its file name alone, found in a subfolder",
     "one_of_several": "{} with a file name that several images share: the shallowest, first by name, was taken; "
     "check these, or give paths",
+    "downloaded": "{} with an image fetched by its URL",
+    "refused": "{} with an image that could not be fetched; `status_detail` says why, and --force tries again",
 }
 
 
@@ -365,8 +367,12 @@ def _notes_on(
         notes.append(
             f"{rows} with an image outside the dataset's folder: name its folder with --image-root DIR"
         )
-    if statuses["missing_image"] and options.image_root is None:
-        rows = counted(statuses["missing_image"], "row")
+    num_missing = sum(
+        images[number].found.status == "missing_image" and images[number].found.how != "refused"
+        for number in row_image.tolist()
+    )
+    if num_missing and options.image_root is None:
+        rows = counted(num_missing, "row")
         notes.append(f"{rows} with an image that is not there; if it lies elsewhere: --image-root DIR")
     if statuses["remote_image"]:
         rows = counted(statuses["remote_image"], "row")

@@ -172,6 +172,8 @@ def test_rows_with_urls_are_fetched_once_and_kept(tmp_path, server):
         "HTTP 404", "the image is a URL; only http and https are fetched",
     ]  # fmt: skip
     assert column(loaded, "resolved_by")[:2] == ["downloaded"] * 2
+    assert "2 rows with an image fetched by its URL" in loaded.notes
+    assert not any("--image-root" in note for note in loaded.notes)
     assert ImageStore(loaded.roots).read(column(loaded, "image_uri")[0]) == picture()
 
 
