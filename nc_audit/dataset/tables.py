@@ -497,7 +497,7 @@ def _parquet_schema(path: Path, source: str) -> pa.Schema:
     try:
         with pq.ParquetFile(path) as file:
             return file.schema_arrow
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as problem:
         raise DatasetError(
             f"{source} cannot be read as Parquet: {_one_line(problem)}", "write it again"
         ) from problem
@@ -561,7 +561,7 @@ def read_parquet(
                 start += len(table)
                 if on_rows:
                     on_rows(start)
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as problem:
         raise DatasetError(
             f"{source} is damaged after row {start:,}: {_one_line(problem)}", "write it again"
         ) from problem

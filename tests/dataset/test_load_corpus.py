@@ -215,3 +215,9 @@ def test_mutated_files_raise_nothing_but_our_errors(tmp_path_factory, name, muta
 @given(mutations=MUTATIONS)
 def test_a_hundred_thousand_mutated_files_raise_nothing_but_our_errors(tmp_path_factory, name, mutations):
     check_mutations(tmp_path_factory.getbasetemp(), name, mutations)
+
+
+def test_a_column_name_of_a_parquet_file_that_is_no_text_is_our_error(tmp_path):
+    changes = [(56962, "set", b"\xf2c"), (46423, "set", b"F\xaaz"), (8175, "cut", b"WeX\x84\xa7\xe2"),
+               (56182, "cut", b"&D\x02\xe2"), (17999, "set", b"\x87")]  # fmt: skip
+    check_mutations(tmp_path, "p.parquet", changes)
