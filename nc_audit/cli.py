@@ -160,7 +160,11 @@ def _root(
 @command("score")
 def score(
     dataset: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="Folder or file with captions and images.")
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="Folder or file with captions and images, a pattern of files, or hf:OWNER/NAME.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; runs/NAME when not given.")
@@ -182,6 +186,9 @@ def score(
             "--trusted", metavar="FILE", help="Pairs known to be right: csv, jsonl or Parquet (recipe chnr)."
         ),
     ] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Fetch images that are given by http or https URL.")
+    ] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     seed: Annotated[
@@ -196,6 +203,7 @@ def score(
     Example: nc-audit score rsitmd/ --recipe mobilenet_tfidf
     """
     from nc_audit import console
+    from nc_audit.dataset import find_dataset
     from nc_audit.pipeline import score_dataset
     from nc_audit.recipe import build_recipe
     from nc_audit.run import RUNS, remember_latest
@@ -208,18 +216,19 @@ def score(
             "split": split,
             "limit": limit,
             "trusted": _path(trusted),
+            "allow_network": allow_network or None,
         },
         **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, text_weights),
         "train": {"seed": seed},
     }
     built = build_recipe(recipe or (), set_ or (), settings)
-    if not dataset.exists():
-        raise DatasetError(f"{dataset} does not exist", "name a folder or a file with captions and images")
-    name = dataset.resolve().stem if dataset.is_file() else dataset.resolve().name
-    run = out or RUNS / (name or "dataset")
+    place = find_dataset(dataset)
+    run = out or RUNS / place.name
     with console.Watch(quiet=json) as watch:
+        for note in place.notes:
+            watch.note(note)
         summary = score_dataset(
-            dataset,
+            place.path,
             run,
             built,
             recipe_names=tuple(recipe or ()),
@@ -585,8 +594,8 @@ def _until_stopped(serve: Callable[[], None]) -> None:
 @command("bench")
 def bench(
     dataset: Annotated[
-        Path,
-        typer.Argument(metavar="DATASET", help="Folder or file with captions and images, taken as clean."),
+        str,
+        typer.Argument(metavar="DATASET", help="Folder, file, pattern or hf:OWNER/NAME, taken as clean."),
     ],
     kinds: Annotated[
         str,
@@ -655,6 +664,7 @@ def bench(
     """
     from nc_audit import console
     from nc_audit.bench.runner import Grid, bench_dataset
+    from nc_audit.dataset import find_dataset
 
     if format not in ("table", "md", "long"):
         raise DatasetError(f"unknown table format {format!r}", "table, md or long")
@@ -671,10 +681,11 @@ def bench(
         with_downstream=downstream,
         trusted_share=trusted_share,
     )
+    place = find_dataset(dataset)
     with console.Watch(quiet=json) as watch:
         results = bench_dataset(
-            dataset,
-            out or Path("bench") / (dataset.resolve().stem or "dataset"),
+            place.path,
+            out or Path("bench") / place.name,
             grid,
             base=tuple(recipe or ()),
             settings=settings,

@@ -26,10 +26,12 @@ from nc_audit.dataset import (
     Folded,
     ImageStore,
     LoadOptions,
+    check_exists,
     fold,
     load_pairs,
     mark_corrupt,
     read_trusted,
+    root_of,
 )
 from nc_audit.decisions import Decision, read_decisions
 from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
@@ -108,8 +110,7 @@ def score_dataset(
     Raises:
         AuditError: of the kind that went wrong.
     """
-    if not dataset.exists():
-        raise DatasetError(f"{dataset} does not exist", "name a folder or a file with captions and images")
+    check_exists(dataset)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file", "give a folder with --out")
     if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
@@ -373,7 +374,7 @@ class _Audit:
     def _load(self) -> tuple[dict[str, int], dict[str, Any]]:
         loaded = load_pairs(
             self.dataset,
-            load_options(self.recipe),
+            load_options(self.recipe, self.run.path / "downloads"),
             lambda done, total: self.watch.progress("load", done, total),
         )
         self.watch.note(loaded.layout)
@@ -842,8 +843,8 @@ def plan_of(recipe: Recipe, device: str = "auto", precision: str = "auto") -> En
     )
 
 
-def load_options(recipe: Recipe) -> LoadOptions:
-    """How a recipe's dataset is read."""
+def load_options(recipe: Recipe, downloads: Path | None = None) -> LoadOptions:
+    """How a recipe's dataset is read; `downloads` is the folder for fetched images, where the recipe allows any."""
     section = recipe.dataset
     return LoadOptions(
         image_root=Path(section.image_root) if section.image_root else None,
@@ -851,6 +852,7 @@ def load_options(recipe: Recipe) -> LoadOptions:
         caption_column=section.caption_column,
         split=section.split,
         limit=section.limit,
+        downloads=downloads if section.allow_network else None,
     )
 
 
@@ -876,7 +878,7 @@ def fingerprint(path: Path, run: Path) -> str:
     its images are looked for there.
     """
     entries: list[tuple[str, int, int]] = []
-    top = path if path.is_dir() else path.parent
+    top = root_of(path)
     avoided = {run.resolve()}
     waiting = [top]
     while waiting:
@@ -895,4 +897,4 @@ def fingerprint(path: Path, run: Path) -> str:
             elif entry.is_file():
                 state = entry.stat()
                 entries.append((os.path.relpath(entry.path, top), state.st_size, state.st_mtime_ns))
-    return digest_of([path.name if path.is_file() else "", sorted(entries)])
+    return digest_of(["" if path.is_dir() else path.name if path.is_file() else str(path), sorted(entries)])

@@ -33,6 +33,7 @@ class DatasetSection(_Section):
     split: str | None = Field(None, description="audit this split only")
     limit: int | None = Field(None, ge=1, description="audit the first rows only")
     trusted: str | None = Field(None, description="file of pairs known to be right")
+    allow_network: bool = Field(False, description="fetch images that are given by http or https URL")
 
 
 class ImageSection(_Section):

@@ -17,7 +17,7 @@ STATUSES = {
     "missing_image": "the image file does not exist where the dataset says",
     "corrupt_image": "the image cannot be decoded",
     "outside_root": "the image lies outside the dataset's folder and no --image-root holds it",
-    "remote_image": "the image is a URL; nothing is fetched",
+    "remote_image": "the image is a URL; nothing is fetched without --allow-network",
     "empty_caption": "the caption is empty or only white space",
     "missing_caption": "the caption cell is null",
 }
@@ -61,7 +61,7 @@ PAIRS = pa.schema(
         _field(
             "resolved_by",
             pa.string(),
-            "how the image was found: path, image_root, base_name, file_name, embedded",
+            "how the image was found: path, image_root, base_name, file_name, embedded, downloaded",
         ),
         _field("duplicate_of", pa.int64(), "row of the first equal pair; null for the first"),
         _field("known_noise", pa.bool_(), "ground truth of injected noise, where the dataset states it"),

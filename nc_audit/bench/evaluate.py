@@ -15,7 +15,7 @@ import torch
 
 from nc_audit.bench.classes import classes_of_names
 from nc_audit.bench.retrieval import mean_average_precision, recall_at_k
-from nc_audit.dataset import Folded, ImageStore, fold, load_pairs
+from nc_audit.dataset import Folded, ImageStore, check_exists, fold, load_pairs
 from nc_audit.embed import EmbeddingStore, embed_captions, embed_images, fit_captions, fit_images
 from nc_audit.encoders import load_encoders
 from nc_audit.errors import DatasetError, RunError
@@ -56,12 +56,18 @@ def evaluate_run(
     tell = progress or (lambda _what, _done, _total: None)
     recipe = build_recipe(settings=run.manifest["recipe"]["settings"])
     dataset = Path(run.manifest["dataset"]["path"])
-    if not dataset.exists():
-        raise RunError(f"the dataset of the run, {dataset}, does not exist", "put it back, or score it anew")
+    try:
+        check_exists(dataset)
+    except DatasetError:
+        raise RunError(
+            f"the dataset of the run, {dataset}, does not exist", "put it back, or score it anew"
+        ) from None
     recipe = recipe.model_copy(
         update={"dataset": recipe.dataset.model_copy(update={"split": split, "limit": None})}
     )
-    loaded = load_pairs(dataset, load_options(recipe), lambda done, total: tell("load", done, total))
+    loaded = load_pairs(
+        dataset, load_options(recipe, run.path / "downloads"), lambda done, total: tell("load", done, total)
+    )
     asked = loaded.pairs.filter(pc.equal(loaded.pairs["status"], "ok"))
     if not len(asked):
         raise DatasetError(

@@ -25,10 +25,10 @@ from nc_audit.bench.downstream import downstream
 from nc_audit.bench.inject import KINDS, MAX_RATE, RULES
 from nc_audit.bench.measure import NEED_TRUSTED, Verdict, detection, run_recipe
 from nc_audit.bench.retrieval import recall_at_k
-from nc_audit.dataset import ImageStore, load_pairs
+from nc_audit.dataset import ImageStore, check_exists, load_pairs
 from nc_audit.embed import EmbeddingStore
 from nc_audit.encoders import EncoderPlan, load_encoders
-from nc_audit.errors import DatasetError, RecipeError, nearest
+from nc_audit.errors import RecipeError, nearest
 from nc_audit.pipeline import load_options, plan_of
 from nc_audit.recipe import Recipe, build_recipe
 from nc_audit.run import digest_of, write_parquet
@@ -130,8 +130,7 @@ def bench_dataset(
     Raises:
         AuditError: of the kind that went wrong.
     """
-    if not dataset.exists():
-        raise DatasetError(f"{dataset} does not exist", "name a folder or a file with captions and images")
+    check_exists(dataset)
     if not grid.recipes or not grid.rates or not grid.kinds:
         raise RecipeError("nothing to measure", "name at least one of --recipes, --rates and --kinds")
     if grid.with_downstream and grid.test_split is None:
@@ -154,7 +153,9 @@ def bench_dataset(
     for note in plan.notes:
         watch.note(note)
     loaded = load_pairs(
-        dataset, load_options(recipes[0]), lambda done, total: watch.progress("load", done, total)
+        dataset,
+        load_options(recipes[0], out / "downloads"),
+        lambda done, total: watch.progress("load", done, total),
     )
     watch.note(loaded.layout)
     return bench(loaded.pairs, ImageStore(loaded.roots), plan, grid, out, layers, watch)

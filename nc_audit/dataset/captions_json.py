@@ -49,6 +49,30 @@ def encoding_of(path: Path, notes: list[str]) -> str:
     return encoding
 
 
+def decode_text(data: bytes) -> tuple[str, str | None]:
+    """Bytes as text, by the rules of `encoding_of`, and the encoding's name where it is not Unicode.
+
+    Bytes that follow a byte order mark and break its promise are replaced.
+
+    Example:
+        >>> decode_text("an île".encode()), decode_text(b"an \\xeele")
+        (('an île', None), ('an île', 'Windows-1252, the superset of Latin-1'))
+    """
+    for mark, encoding in _BOMS:
+        if data.startswith(mark):
+            return data.decode(encoding, "replace"), None
+    for encoding, name in (
+        ("utf-8", None),
+        ("cp1252", "Windows-1252, the superset of Latin-1"),
+        ("latin-1", "Latin-1"),
+    ):
+        try:
+            return data.decode(encoding), name
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError("Latin-1 decodes everything")
+
+
 def _decodes(path: Path, encoding: str) -> bool:
     decoder = codecs.getincrementaldecoder(encoding)()
     try:

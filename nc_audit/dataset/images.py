@@ -1,7 +1,8 @@
 """Finding image files below the allowed roots, reading them by `image_uri`, and decoding hostile bytes.
 
 Two roots exist: `dataset`, the folder of the dataset, and `image_root`, the folder given by --image-root. A file
-is read only when its real path, symbolic links followed, lies below one of them.
+is read only when its real path, symbolic links followed, lies below one of them, or, for a dataset in the hub's
+cache, below its `blobs` (the root `hub`). Fetched images lie below `downloads`.
 """
 
 # ruff: noqa: PTH114, PTH116, PTH117, PTH118
@@ -9,7 +10,10 @@ is read only when its real path, symbolic links followed, lies below one of them
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import functools
+import gzip
 import io
 import os
 import re
@@ -17,10 +21,11 @@ import stat
 import threading
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,6 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from nc_audit.dataset.ids import content_id
+from nc_audit.dataset.places import blobs_of
 from nc_audit.errors import DatasetError
 
 MAX_PIXELS = 178_956_970
@@ -41,7 +47,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:(?=[/\\])", re.IGNORECASE)
-_EMBEDDED = re.compile(r"(.+\.(?:parquet|pq))#(\d+)(?::(.+))?", re.IGNORECASE | re.DOTALL)
+_EMBEDDED = re.compile(r"(.+\.(?:parquet|pq|arrow))#(\d+)(?::(.+))?", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(r"(.+?\.(?:tar|tar\.gz|tgz))#(\d{1,18})\+(\d{1,18}):(.*)", re.IGNORECASE | re.DOTALL)
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,6 +92,9 @@ class ImageFinder:
 
     def __init__(self, dataset: Path, image_root: Path | None = None) -> None:
         self.roots: dict[str, str] = {"dataset": str(dataset.resolve())}
+        blobs = blobs_of(dataset)
+        if blobs is not None:
+            self.roots["hub"] = str(blobs)
         if image_root is not None:
             self.roots["image_root"] = str(image_root.resolve())
         self.num_mapped: dict[str, int] = {}
@@ -133,9 +143,8 @@ class ImageFinder:
         return found
 
     def _names_of_roots(self) -> str:
-        return " or ".join(
-            {"dataset": "the dataset's folder", "image_root": "--image-root"}[name] for name in self.roots
-        )
+        words = {"dataset": "the dataset's folder", "image_root": "--image-root"}
+        return " or ".join(words[name] for name in self.roots if name in words)
 
     def _exists_as_given(self, image: str, folder: str) -> bool:
         return image != image.strip() and os.path.lexists(os.path.join(self.roots["dataset"], folder, image))
@@ -456,6 +465,32 @@ def _read_file(path: str) -> bytes:
         return file.read()
 
 
+def open_stream(path: str) -> IO[bytes]:
+    """A file's bytes as a stream one can seek in, decompressed where they are gzip's."""
+    file = Path(path).open("rb")  # noqa: SIM115
+    if file.read(2) == b"\x1f\x8b":
+        file.close()
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    file.seek(0)
+    return file
+
+
+@contextlib.contextmanager
+def arrow_batches(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """The schema and the batches of an Arrow file, mapped into memory, whether a stream or a file with a footer.
+
+    Nothing is validated; ArrowException where the file is neither, or breaks off.
+    """
+    with pa.memory_map(path, "rb") as file:
+        if file.read(6) == b"ARROW1":
+            whole = pa.ipc.open_file(file)
+            yield whole.schema, (whole.get_batch(at) for at in range(whole.num_record_batches))
+        else:
+            file.seek(0)
+            stream = pa.ipc.open_stream(file)
+            yield stream.schema, iter(stream)
+
+
 def embedded_columns(schema: pa.Schema) -> list[str]:
     """Columns of a Parquet file that can hold images: structs with `bytes`, and binary columns, likely ones first."""
     columns = []
@@ -485,17 +520,20 @@ def bytes_of(column: pa.Array) -> pa.Array:
 class ImageStore:
     """Reads the bytes of images by `image_uri`, only below the named roots; safe to share between threads.
 
-    A URI is the root's name, a colon and the path below it; for an image inside a Parquet file followed by `#row`
-    (and `:column` where the file holds several image columns). The row group of the last such image stays in
+    A URI is the root's name, a colon and the path below it; for an image inside a Parquet or Arrow file
+    followed by `#row` (and `:column` where the file holds several image columns), inside a tar shard by
+    `#offset+size:member`. The row group of the last such image stays in
     memory, unless it is larger than 256 MB: then rows are streamed. Read embedded images in `reading_order`.
     """
 
     def __init__(self, roots: Mapping[str, str | Path]) -> None:
         self.roots = {name: str(Path(folder).resolve()) for name, folder in roots.items()}
         self._lock = threading.Lock()
+        self._shard: tuple[str, gzip.GzipFile] | None = None
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._rows: tuple[tuple[str, str], int, pa.Array] | None = None
         self._stream: tuple[tuple[str, str, int], int, Iterator[pa.RecordBatch]] | None = None
+        self._mapped: tuple[tuple[str, str], list[int], list[pa.Array]] | None = None
 
     def __reduce__(self) -> tuple[type[ImageStore], tuple[dict[str, str]]]:
         """Workers open their own files."""
@@ -507,12 +545,17 @@ class ImageStore:
         Raises:
             DatasetError: the URI is malformed, leads outside the roots, or its file or row cannot be read.
         """
+        member = _MEMBER.fullmatch(uri)
+        if member:
+            with self._lock:
+                return self._read_member(self.path_of(member[1]), int(member[2]), int(member[3]), uri)
         embedded = _EMBEDDED.fullmatch(uri)
         if embedded:
             path, row, column = self.path_of(embedded[1]), int(embedded[2]), embedded[3]
             try:
                 with self._lock:
-                    return self._read_row(path, row, column, uri)
+                    read = self._read_mapped if embedded[1].lower().endswith(".arrow") else self._read_row
+                    return read(path, row, column, uri)
             except (pa.ArrowException, OSError) as problem:
                 raise DatasetError(
                     f"{uri} cannot be read: {_one_line(problem)}", "load the dataset again"
@@ -547,10 +590,64 @@ class ImageStore:
         """Positions of the URIs in the order that reads every file, and every row group, once from its start."""
 
         def place(at: int) -> tuple[str, int]:
+            member = _MEMBER.fullmatch(uris[at])
+            if member:
+                return member[1], int(member[2])
             embedded = _EMBEDDED.fullmatch(uris[at])
             return (embedded[1], int(embedded[2])) if embedded else (uris[at], -1)
 
         return sorted(range(len(uris)), key=place)
+
+    def _read_member(self, path: str, offset: int, size: int, uri: str) -> bytes:
+        """Bytes of a shard; a compressed one stays open, so that it is decompressed once when read in order."""
+        if size > MAX_BYTES:
+            raise DatasetError(f"{uri} has {size:,} bytes, more than {MAX_BYTES:,}", "replace the shard")
+        try:
+            if self._shard is not None and self._shard[0] != path:
+                self._shard[1].close()
+                self._shard = None
+            file = self._shard[1] if self._shard is not None else open_stream(path)
+            try:
+                file.seek(offset)
+                data = file.read(size)
+            finally:
+                if isinstance(file, gzip.GzipFile):
+                    self._shard = (path, file)
+                else:
+                    file.close()
+        except (OSError, EOFError, zlib.error, ValueError) as problem:
+            raise DatasetError(
+                f"{uri} cannot be read: {_one_line(problem)}", "load the dataset again"
+            ) from problem
+        if len(data) < size:
+            raise DatasetError(f"{uri} is beyond the end of its shard", "load the dataset again")
+        return data
+
+    def _read_mapped(self, path: str, row: int, column: str | None, uri: str) -> bytes:
+        """Bytes of an Arrow file; its column stays mapped, so that a row is a look into memory."""
+        key = (path, column or "")
+        if self._mapped is None or self._mapped[0] != key:
+            ends, arrays = list[int](), list[pa.Array]()
+            with arrow_batches(path) as (schema, batches):
+                names = embedded_columns(schema)
+                name = column or (names[0] if names else "")
+                if name not in names:
+                    raise DatasetError(f"{uri} names no image column", "load the dataset again")
+                for batch in batches:
+                    values = batch.column(name)
+                    values.validate(full=True)
+                    arrays.append(bytes_of(values))
+                    ends.append((ends[-1] if ends else 0) + len(batch))
+            self._mapped = (key, ends, arrays)
+        _, ends, arrays = self._mapped
+        at = bisect.bisect_right(ends, row)
+        if at == len(ends):
+            rows = ends[-1] if ends else 0
+            raise DatasetError(f"{uri} is beyond the {rows:,} rows of its file", "load the dataset again")
+        value = arrays[at][row - ends[at]]
+        if not value.is_valid:
+            raise DatasetError(f"{uri} holds no bytes", "load the dataset again")
+        return cast(bytes, value.as_py())
 
     def _read_row(self, path: str, row: int, column: str | None, uri: str) -> bytes:
         file = self._opened(path)

@@ -4,7 +4,8 @@ A folder is searched by evidence, the first kind that is there wins, and what wa
 
 1. `metadata.csv|jsonl|parquet` in the folder or its subfolders (ImageFolder);
 2. a Karpathy json; 3. a COCO captions json;
-4. Parquet files; 5. any other csv, tsv, json lines or json table with an image and a caption column.
+4. webdataset shards (tar); 5. Parquet files; 6. Arrow files, those of `datasets.save_to_disk` as it lists them;
+7. any other csv, tsv, json lines or json table with an image and a caption column.
 
 The folder itself is searched before its subfolders, and those before theirs. Files whose names differ only by the
 split (`captions_train2014.json`, `captions_val2014.json`) belong together; of two unrelated files of one kind
@@ -23,24 +24,28 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset import captions_json, tables
+from nc_audit.dataset import captions_json, saved, shards, tables
 from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
-from nc_audit.dataset.rows import Batch, LoadOptions, family_of, split_named_by
+from nc_audit.dataset.places import files_of, is_pattern, root_of
+from nc_audit.dataset.rows import Batch, LoadOptions, counted, family_of, split_named_by
 from nc_audit.errors import DatasetError
 
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 _JSON_LINES = (".jsonl", ".ndjson")
-_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS)
+_ENDINGS = (*_DELIMITED, *_JSON_LINES, ".json", *PARQUET_ENDINGS, saved.ARROW_ENDING, *shards.SHARD_ENDINGS)
 _UNDERSTOOD = (
     "understood: a Karpathy or COCO captions json, metadata.csv|jsonl|parquet beside images, a csv, tsv, jsonl or "
-    "json table with an image and a caption column, Parquet with images or paths"
+    "json table with an image and a caption column, Parquet with images or paths, webdataset tar shards, a folder of "
+    "datasets.save_to_disk"
 )
 _KINDS = {
     "metadata": "ImageFolder metadata",
     "karpathy": "a Karpathy json",
     "coco": "a COCO captions json",
+    "webdataset": "a webdataset",
     "parquet": "Parquet",
+    "saved": "a dataset of datasets.save_to_disk",
     "table": "a table",
 }
 _MAX_DEPTH = 2
@@ -78,6 +83,8 @@ def recognise(path: Path, options: LoadOptions) -> Plan:
     Raises:
         DatasetError: there is no such path, nothing in it is recognised, or several files are equally likely.
     """
+    if is_pattern(path):
+        return _recognise_pattern(path, options)
     if not path.exists():
         parent = path.absolute().parent
         siblings = [one.name for one in parent.iterdir()] if parent.is_dir() else []
@@ -126,6 +133,10 @@ def read_file(
             return tables.read_mapping(file.value, file.source, file.split)
         case "json lines":
             return tables.read_json_lines(file.path, file.source, file.split, options, notes, prefer)
+        case "tar":
+            return shards.read_shard(file.path, file.source, file.split, options, notes, is_inside)
+        case "arrow":
+            return saved.read_arrow(file.path, file.source, file.split, options, notes, is_inside, on_rows)
         case "parquet":
             return tables.read_parquet(
                 file.path, file.source, file.split, options, notes, prefer, is_inside, on_rows
@@ -138,6 +149,9 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     exported = _export_of_ours(folder, options)
     if exported:
         return _planned(folder, exported, ["an export of nc-audit, which names its files and their splits"])
+    arrows = _saved(folder)
+    if arrows:
+        return _planned(folder, arrows, [])
     problems: list[DatasetError] = []
     unfit: list[DatasetFile] = []
     lists = {folder / name for name in lists_of(folder)}
@@ -154,6 +168,33 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     raise DatasetError(
         f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
     )
+
+
+def _recognise_pattern(pattern: Path, options: LoadOptions) -> Plan:
+    """The files that fit a pattern, which must be of one kind; none is left out without a note."""
+    folder, problems, unfit = root_of(pattern), list[DatasetError](), list[DatasetFile]()
+    files = files_of(pattern)
+    if not files:
+        raise DatasetError(f"no file fits the pattern {pattern}", _UNDERSTOOD)
+    found, others = _sniff_all(folder, files, options, problems, unfit)
+    if not found:
+        if problems:
+            raise problems[0]
+        raise DatasetError(
+            f"none of the {counted(len(files), 'file')} that fit {pattern} states image-caption pairs",
+            _UNDERSTOOD,
+        )
+    return _chosen(folder.absolute(), found, others)
+
+
+def _saved(folder: Path) -> list[DatasetFile]:
+    """The files of a dataset on disk as its own lists name them; none for another folder."""
+    return [
+        DatasetFile(
+            one.path, one.source, "saved", "arrow", one.split, columns=saved.arrow_names(one.path, one.source)
+        )
+        for one in saved.saved_files(folder)
+    ]
 
 
 def _export_of_ours(folder: Path, options: LoadOptions) -> list[DatasetFile]:
@@ -261,8 +302,14 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
     """
     ending, notes = path.suffix.lower(), list[str]()
     split, kind = split_named_by(source), "metadata" if path.stem.lower() == "metadata" else "table"
+    if path.name.lower().endswith(shards.SHARD_ENDINGS):
+        is_fit = shards.is_shard(path)
+        return DatasetFile(path, source, "webdataset", "tar", split) if is_fit else None
     with path.open("rb") as handle:
         start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if ending == saved.ARROW_ENDING:
+        names = saved.arrow_names(path, source)
+        return DatasetFile(path, source, "saved", "arrow", split, columns=names)
     if ending in PARQUET_ENDINGS or start.startswith(b"PAR1"):
         kind = "metadata" if kind == "metadata" else "parquet"
         return DatasetFile(path, source, kind, "parquet", split, columns=tables.parquet_names(path, source))
@@ -343,7 +390,8 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
     families: dict[Any, list[DatasetFile]] = {}
     for file in files:
         families.setdefault(
-            frozenset(file.columns) if kind == "parquet" else family_of(file.source), []
+            frozenset(file.columns) if kind in ("parquet", "saved", "webdataset") else family_of(file.source),
+            [],
         ).append(file)
     if len(families) > 1:
         names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")
@@ -354,7 +402,9 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
             candidates=[file.source for file in files],
         )
     notes = []
-    ignored = [file.source for file in found if file.kind != kind]
+    # A table beside a shard of the same name is img2dataset's, and read with the shard.
+    beside = {file.path.with_suffix(".parquet") for file in files if kind == "webdataset"}
+    ignored = [file.source for file in found if file.kind != kind and file.path not in beside]
     if ignored:
         notes.append(f"{_KINDS[kind]} goes before other files, so {_listed(ignored)} was not read")
     if others:
@@ -372,8 +422,12 @@ def _planned(root: Path, files: list[DatasetFile], notes: list[str]) -> Plan:
             layout = f"Karpathy json {names} beside its images"
         case "coco":
             layout = f"COCO captions json {names} beside its images"
+        case "webdataset":
+            layout = f"webdataset {names}"
         case "parquet":
             layout = f"Parquet {names}"
+        case "saved":
+            layout = f"a dataset of datasets.save_to_disk, {names}"
         case _ if file.form == "mapping":
             layout = f"json map from file name to captions {names}"
         case _:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nc_audit.dataset.extras import append_extras
+from nc_audit.dataset.fetch import fetch_images, is_fetchable
 from nc_audit.dataset.ids import content_id, normalise_caption, says_nothing
 from nc_audit.dataset.images import Found, ImageFinder, fingerprint
 from nc_audit.dataset.layouts import DatasetFile, Plan, read_file, recognise
@@ -34,6 +35,8 @@ _HOW = {
     "file_name": "{} with an image named by its file name alone, found in a subfolder",
     "one_of_several": "{} with a file name that several images share: the shallowest, first by name, was taken; "
     "check these, or give paths",
+    "downloaded": "{} with an image fetched by its URL",
+    "refused": "{} with an image that could not be fetched; `status_detail` says why, and --force tries again",
 }
 
 
@@ -68,7 +71,7 @@ def load_pairs(
 
     Images are hashed and their headers read; their pixels are not decoded (`mark_corrupt` takes what decoding
     finds). A row with several problems has the status of its image. An image is never read from outside the
-    dataset's folder and --image-root, symbolic links followed, and nothing is fetched.
+    dataset's folder and --image-root, symbolic links followed. Nothing is fetched without `options.downloads`.
 
     Args:
         path: a folder, or the file that states the pairs.
@@ -92,7 +95,7 @@ def load_pairs(
     if not len(rows):
         raise DatasetError(f"{path} has no rows", "check that it is the file you mean")
     _make_storable(rows, notes)
-    images, row_image = _images_of(rows, sources, finder, progress)
+    images, row_image = _images_of(rows, sources, finder, options.downloads, progress)
     pairs = _table(rows, sources, images, row_image)
     counts = {one["values"]: one["counts"] for one in pc.value_counts(pairs["status"]).to_pylist()}
     counts = {status: counts[status] for status in STATUSES if status in counts}
@@ -192,7 +195,7 @@ def _make_storable(rows: Batch, notes: list[str]) -> None:
 
 
 def _images_of(
-    rows: Batch, sources: list[str], finder: ImageFinder, progress: Progress | None
+    rows: Batch, sources: list[str], finder: ImageFinder, downloads: Path | None, progress: Progress | None
 ) -> tuple[list[_Image], np.ndarray]:
     """The images that rows refer to, each looked for and read once, and the index of each row's image, shape [N]."""
     row_image = np.empty(len(rows), np.int64)
@@ -223,6 +226,8 @@ def _images_of(
         images[number] = _Image(finder.find(image, posixpath.dirname(source), split), None, image)
     for number, image, *_ in wanted:
         images[number] = _Image(finder.outside_or_missing(images[number].found), None, image)
+    if downloads is not None:
+        _fetch(images, downloads, finder, progress)
     paths = list(dict.fromkeys(image.found.path for image in images if image.found.path is not None))
     prints = _fingerprints(paths, progress)
     for number, image, *_ in wanted:
@@ -232,6 +237,24 @@ def _images_of(
             found = replace(found, status="corrupt_image", detail=problem) if problem else found
             images[number] = _Image(found, image_id, image)
     return images, row_image
+
+
+def _fetch(images: list[_Image], downloads: Path, finder: ImageFinder, progress: Progress | None) -> None:
+    """Put what the URLs among the images lead to in their place."""
+    places: dict[str, list[int]] = {}
+    for number, image in enumerate(images):
+        if image.found.status == "remote_image" and image.name is not None:
+            if is_fetchable(image.name):
+                places.setdefault(image.name, []).append(number)
+            else:
+                found = replace(image.found, detail="the image is a URL; only http and https are fetched")
+                images[number] = replace(image, found=found)
+    if not places:
+        return
+    finder.roots["downloads"] = str(downloads.resolve())
+    for url, found in fetch_images(list(places), downloads, progress=progress).items():
+        for number in places[url]:
+            images[number] = replace(images[number], found=found)
 
 
 def _fingerprints(paths: list[str], progress: Progress | None) -> dict[str, tuple[str | None, str | None]]:
@@ -344,12 +367,16 @@ def _notes_on(
         notes.append(
             f"{rows} with an image outside the dataset's folder: name its folder with --image-root DIR"
         )
-    if statuses["missing_image"] and options.image_root is None:
-        rows = counted(statuses["missing_image"], "row")
+    num_missing = sum(
+        images[number].found.status == "missing_image" and images[number].found.how != "refused"
+        for number in row_image.tolist()
+    )
+    if num_missing and options.image_root is None:
+        rows = counted(num_missing, "row")
         notes.append(f"{rows} with an image that is not there; if it lies elsewhere: --image-root DIR")
     if statuses["remote_image"]:
         rows = counted(statuses["remote_image"], "row")
-        notes.append(f"{rows} with an image given by URL: fetch it first, nothing is fetched here")
+        notes.append(f"{rows} with an image given by URL: --allow-network fetches http and https")
     num_copies = len(pairs) - pairs["duplicate_of"].null_count
     if num_copies:
         notes.append(
@@ -366,7 +393,7 @@ def _nothing_usable(
     hint = {
         "missing_image": "name the folder of the images with --image-root DIR",
         "outside_root": "name the folder of the images with --image-root DIR",
-        "remote_image": "fetch the images first, for instance with img2dataset",
+        "remote_image": "--allow-network fetches images given by http and https",
         "empty_caption": "name the right column with --caption-column",
         "missing_caption": "name the right column with --caption-column",
         "corrupt_image": "check that the files are images",

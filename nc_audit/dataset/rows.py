@@ -21,13 +21,17 @@ _CAPTION_KEYS = ("raw", "caption", "text", "sentence", "sent")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a user may say about a dataset; None leaves it to be recognised."""
+    """What a user may say about a dataset; None leaves it to be recognised.
+
+    `downloads` is the folder for images given by URL; without it nothing is fetched.
+    """
 
     image_root: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
     split: str | None = None
     limit: int | None = None
+    downloads: Path | None = None
 
 
 @dataclass(frozen=True)

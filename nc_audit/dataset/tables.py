@@ -48,7 +48,7 @@ _NOISE_NAMES = ("known_noise", "is_noisy", "noise")
 _NUMBERED = re.compile(r"(.*?[a-z])[_ -]?(\d+)", re.IGNORECASE | re.DOTALL)
 _MAX_CELL = 1 << 27
 _MAX_LIST_CELL = 1 << 16
-_EMBEDDED_ROWS = 32
+EMBEDDED_ROWS = 32
 _PEEKED = 1000
 
 
@@ -497,7 +497,7 @@ def _parquet_schema(path: Path, source: str) -> pa.Schema:
     try:
         with pq.ParquetFile(path) as file:
             return file.schema_arrow
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as problem:
         raise DatasetError(
             f"{source} cannot be read as Parquet: {_one_line(problem)}", "write it again"
         ) from problem
@@ -553,15 +553,15 @@ def read_parquet(
     counts, start = Counts(), 0
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
-            size = _EMBEDDED_ROWS if has_bytes else BATCH_ROWS
+            size = EMBEDDED_ROWS if has_bytes else BATCH_ROWS
             for table in file.iter_batches(size, columns=[*columns.used, *extras], use_threads=False):
-                yield _parquet_batch(
+                yield table_batch(
                     table, columns, extras, has_bytes, source, split, options, uri, start, is_inside, counts
                 )
                 start += len(table)
                 if on_rows:
                     on_rows(start)
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as problem:
         raise DatasetError(
             f"{source} is damaged after row {start:,}: {_one_line(problem)}", "write it again"
         ) from problem
@@ -569,7 +569,7 @@ def read_parquet(
         notes.extend(counts.sentences(source))
 
 
-def _parquet_batch(
+def table_batch(
     table: pa.RecordBatch,
     columns: Columns,
     extras: Sequence[str],
@@ -582,6 +582,21 @@ def _parquet_batch(
     is_inside: bool,
     counts: Counts,
 ) -> Batch:
+    """Rows of a stretch of an Arrow table, one per caption.
+
+    Args:
+        table: the stretch.
+        columns: which columns hold what.
+        extras: further columns to keep.
+        has_bytes: whether the image column holds image files.
+        source: the file.
+        split: the split that the file names.
+        options: the split wanted.
+        uri: an image's URI, `{}` in the place of its row.
+        start: the row in the file of the stretch's first row.
+        is_inside: whether embedded images may be read.
+        counts: receives what is worth telling.
+    """
     images = table.column(columns.image)
     data = bytes_of(images) if has_bytes else None
     names = _names_of(images) if not has_bytes or pa.types.is_struct(images.type) else [None] * len(table)
@@ -620,7 +635,7 @@ def _parquet_batch(
 
 def _embedded(value: pa.Scalar, uri: str, is_inside: bool) -> Embedded:
     if not is_inside:
-        detail = "the Parquet file is a symbolic link that leads outside the dataset's folder"
+        detail = "the file is a symbolic link that leads outside the dataset's folder"
         return Embedded(uri, None, "outside_root", detail)
     data = value.as_py()
     problem = header_problem(data)

@@ -45,7 +45,7 @@ def write_hub(
     features = datasets.Features.from_arrow_schema(schema)
     written = Written(schema.names)
     done = 0
-    for _, name, table in split_series(kept, with_splits=with_splits):
+    for split, name, table in split_series(kept, with_splits=with_splits):
         place = folder / name if with_splits else folder
         parts: list[Path] = []
         writer: ArrowWriter | None = None
@@ -76,6 +76,9 @@ def write_hub(
             _describe(empty, place)
             _list_shards(place, parts, digest_of([name, table["pair_id"].to_pylist()]))
             written.num_rows[name] = num_rows
+            written.data |= {
+                path.relative_to(folder).as_posix(): split for path in sorted(place.glob("data-*.arrow"))
+            }
     if with_splits:
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(written.num_rows)}))
     return written

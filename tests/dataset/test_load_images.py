@@ -214,7 +214,7 @@ def test_odd_names(places):
     assert column(loaded, "status_detail")[1] == "sub is a folder"
     assert column(loaded, "status_detail")[4] == "pipe is not a regular file"
     assert column(loaded, "status_detail")[8] == "the path holds a null character"
-    assert "2 rows with an image given by URL: fetch it first, nothing is fetched here" in loaded.notes
+    assert "2 rows with an image given by URL: --allow-network fetches http and https" in loaded.notes
 
 
 def test_decomposed_file_names_are_the_same_names(places, draw):

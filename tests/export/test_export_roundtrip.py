@@ -17,7 +17,7 @@ from nc_audit.errors import DatasetError
 from nc_audit.export import FORMATS, export_run
 from nc_audit.export.names import IMAGE_ENDINGS, base_name
 
-READ_HERE = ["parquet", "imagefolder", "coco", "karpathy", "csv", "jsonl"]
+READ_HERE = ["parquet", "imagefolder", "coco", "karpathy", "csv", "jsonl", "webdataset", "hf"]
 
 AWKWARD = [
     "a red house",
