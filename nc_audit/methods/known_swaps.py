@@ -23,6 +23,7 @@ def draw_swaps(
     num_captions: int,
     generator: torch.Generator,
     block_N: Tensor | None = None,
+    given_pairs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """A caption for each pair's image that none of the image's pairs carries.
 
@@ -39,6 +40,7 @@ def draw_swaps(
         num_captions: size of the caption index.
         generator: source of randomness, on the CPU.
         block_N: block of each pair, shape [N]; one block when not given.
+        given_pairs: image and caption indices of the pairs that no swap may be; those above when not given.
 
     Returns:
         Caption index per pair, shape [N]; -1 where no caption could be found (its image carries nearly all).
@@ -47,7 +49,8 @@ def draw_swaps(
         >>> draw_swaps(torch.tensor([0, 1]), torch.tensor([0, 1]), 2, torch.Generator().manual_seed(0))
         tensor([1, 0])
     """
-    given = (image_N * num_captions + caption_N).unique()
+    given_image, given_caption = given_pairs or (image_N, caption_N)
+    given = (given_image * num_captions + given_caption).unique()
 
     def is_given(captions: Tensor, images: Tensor) -> Tensor:
         keys = images * num_captions + captions
@@ -83,10 +86,11 @@ def draw_image_swaps(
     num_captions: int,
     generator: torch.Generator,
     block_N: Tensor | None = None,
-) -> Tensor:
-    """The same, image by image: all pairs of an image take captions of one other image of its block, in turn.
+) -> tuple[Tensor, Tensor]:
+    """The same, image by image: an image takes all captions of one other image of its block, however many.
 
-    Whole-image noise looks like this: the captions of an image agree with each other, and are all wrong.
+    Whole-image noise looks like this: the captions of an image agree with each other, and are all wrong. The captions
+    keep their places and their images change, so that a set of captions stays the set it is.
 
     Args:
         image_N: index of each pair's image, shape [N].
@@ -96,29 +100,25 @@ def draw_image_swaps(
         block_N: block of each pair, the same for all pairs of an image, shape [N]; one block when not given.
 
     Returns:
-        Caption index per pair, shape [N]; a caption the image carries itself is drawn again singly, and -1 stands
-        where none could be found.
+        Image and caption index of the swap in each place, each of shape [N]; a caption the image carries itself is
+        drawn again singly, and -1 stands where none could be found.
     """
     order = image_N.argsort(stable=True)
     images, inverse, sizes = image_N.unique(return_inverse=True, return_counts=True)
-    starts = sizes.cumsum(0) - sizes
-    block_I = torch.zeros_like(images) if block_N is None else block_N[order[starts]]
+    block_I = torch.zeros_like(images) if block_N is None else block_N[order[sizes.cumsum(0) - sizes]]
     mixed = torch.randperm(len(images), generator=generator)
     ring = mixed[block_I[mixed].argsort(stable=True)]  # block after block, shuffled within
     ends = torch.cat([block_I[ring][1:] != block_I[ring][:-1], torch.ones(1, dtype=torch.bool)])
     first_of_block = torch.cat([torch.zeros(1, dtype=torch.long), ends.nonzero().squeeze(1)[:-1] + 1])
     behind = torch.arange(1, len(ring) + 1)
     behind[ends] = first_of_block
-    donor = torch.empty_like(ring)
-    donor[ring] = ring[behind]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) - starts[inverse[order]]
-    theirs = donor[inverse]
-    swapped = caption_N[order[starts[theirs] + place % sizes[theirs]]]
-    singly = draw_swaps(image_N, caption_N, num_captions, generator, block_N)
+    taker = torch.empty_like(ring)
+    taker[ring] = ring[behind]
+    swapped_image = images[taker[inverse]]
+    singly = draw_swaps(swapped_image, caption_N, num_captions, generator, block_N, (image_N, caption_N))
     given = (image_N * num_captions + caption_N).unique()
-    clash = torch.isin(image_N * num_captions + swapped, given)
-    return torch.where(clash, singly, swapped)
+    clash = torch.isin(swapped_image * num_captions + caption_N, given)
+    return swapped_image, torch.where(clash, singly, caption_N)
 
 
 def standardise(values: Tensor, swaps: Tensor) -> Tensor:

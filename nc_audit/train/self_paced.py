@@ -16,7 +16,6 @@ Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epoc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,7 +87,7 @@ def first_look(
         image_ID: image embeddings, shape [I, D].
         caption_CD: caption embeddings, shape [C, D'].
         pairs: the given pairs.
-        swaps: known swaps, whole sets of N one behind the other, each pair's image keeping its place.
+        swaps: known swaps, whole sets of N one behind the other; each shares the folds of the pair in its place.
         fold_N: fold of each pair, the same for all pairs of an image, shape [N].
         settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
 
@@ -458,7 +457,7 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     group_N = torch.arange(len(pairs))
     fold_N = assign_folds(group_N, settings.folds, generator)
     block_N = look_fold_N * settings.folds + fold_N
-    swaps = _known_swaps(pairs, known_swaps.draw_swaps, block_N, settings, generator)
+    swaps = _known_swaps(pairs, block_N, settings, generator, whole_images=False)
     untrained = zero_shot(inputs, swaps)
     first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
@@ -466,7 +465,7 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         group_N = pairs.image_N
         fold_N = assign_folds(group_N, settings.folds, generator)
         block_N = look_fold_N * settings.folds + fold_N
-        swaps = _known_swaps(pairs, known_swaps.draw_image_swaps, block_N, settings, generator)
+        swaps = _known_swaps(pairs, block_N, settings, generator, whole_images=True)
         untrained = zero_shot(inputs, swaps)
         first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
     prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
@@ -481,7 +480,8 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     chosen = torch.randperm(len(groups), generator=generator)[
         : max(1, round(settings.planted_share * len(groups)))
     ]
-    planted = torch.isin(group_N, groups[chosen]).nonzero().squeeze(1)
+    group_of_swap_N = swaps.image_N[: len(pairs)] if whole_images else group_N
+    planted = torch.isin(group_of_swap_N, groups[chosen]).nonzero().squeeze(1)
     sitting_in = swaps.select(planted)
     noise = Evidence(held_out.posterior.given_N, held_out.posterior.swaps_S[planted])
     held_loss = Evidence(folds.loss.given_N, folds.loss.swaps_S[planted])
@@ -508,19 +508,24 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
 
 def _known_swaps(
     pairs: Pairs,
-    draw: Callable[[Tensor, Tensor, int, torch.Generator, Tensor], Tensor],
     block_N: Tensor,
     settings: TrainSection,
     generator: torch.Generator,
+    *,
+    whole_images: bool,
 ) -> Pairs:
     """Sets of known swaps within blocks, one behind the other, `settings.known_swaps` or eight sets of them."""
-    copies = min(8, math.ceil(settings.known_swaps / len(pairs)))
-    drawn = [
-        draw(pairs.image_N, pairs.caption_N, pairs.num_captions, generator, block_N) for _ in range(copies)
-    ]
-    for one in drawn:
-        _check_swaps(one, pairs)
-    return Pairs(pairs.image_N.repeat(copies), torch.cat(drawn), pairs.num_images, pairs.num_captions)
+    given = (pairs.image_N, pairs.caption_N, pairs.num_captions)
+    images, captions = [], []
+    for _ in range(min(8, math.ceil(settings.known_swaps / len(pairs)))):
+        if whole_images:
+            image_N, caption_N = known_swaps.draw_image_swaps(*given, generator, block_N)
+        else:
+            image_N, caption_N = pairs.image_N, known_swaps.draw_swaps(*given, generator, block_N)
+        _check_swaps(image_N, caption_N)
+        images.append(image_N)
+        captions.append(caption_N)
+    return Pairs(torch.cat(images), torch.cat(captions), pairs.num_images, pairs.num_captions)
 
 
 def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:
@@ -528,8 +533,8 @@ def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress 
     return train_robustly(inputs, settings, progress).judgement(len(inputs.candidates.caption_M))
 
 
-def _check_swaps(swap_N: Tensor, pairs: Pairs) -> None:
-    num = len(pairs.image_N[swap_N < 0].unique())
+def _check_swaps(image_N: Tensor, caption_N: Tensor) -> None:
+    num = len(image_N[caption_N < 0].unique())
     if num:
         who = "1 image carries" if num == 1 else f"{num:,} images carry"
         raise DatasetError(
