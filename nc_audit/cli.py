@@ -282,9 +282,13 @@ def report(
         raise DatasetError(f"--thumbnails does not go with --format {form}", "use --format html, or none")
     if form == "html":
         from nc_audit.pipeline import open_images
-        from nc_audit.report.html import html_report, write_page
+        from nc_audit.report.html import MAX_INLINED_BYTES, html_report, write_page
 
         page = html_report(opened, rows, open_images(opened), as_files=thumbnails, sort=sort)
+        if not thumbnails and len(page.html) > MAX_INLINED_BYTES:
+            console.warn(
+                f"the page is {len(page.html) / 1e6:,.0f} MB; --thumbnails puts its pictures into files beside it"
+            )
         console.print_data(str(write_page(page, opened, out)))
         return
     if form == "table" and out is None:
@@ -296,7 +300,7 @@ def report(
             console.show_rows(rows, counts)
         return
     if form == "table":
-        raise DatasetError("a table goes to the terminal only", "add --format json, csv or md to --out")
+        raise DatasetError("a table goes to the terminal only", "add --format html, json, csv or md to --out")
     text = {
         "json": lambda: to_json(rows, counts),
         "csv": lambda: to_csv(rows),
