@@ -286,9 +286,7 @@ def report(
 
         page = html_report(opened, rows, open_images(opened), as_files=thumbnails, sort=sort)
         if not thumbnails and len(page.html) > MAX_INLINED_BYTES:
-            console.warn(
-                f"the page is {len(page.html) / 1e6:,.0f} MB; --thumbnails puts its pictures into files beside it"
-            )
+            console.show_large_page(len(page.html))
         console.print_data(str(write_page(page, opened, out)))
         return
     if form == "table" and out is None:
