@@ -291,9 +291,11 @@ def report(
         raise DatasetError(f"--thumbnails does not go with --format {form}", "use --format html, or none")
     if form == "html":
         from nc_audit.pipeline import open_images
-        from nc_audit.report.html import html_report, write_page
+        from nc_audit.report.html import MAX_INLINED_BYTES, html_report, write_page
 
         page = html_report(opened, rows, open_images(opened), as_files=thumbnails, sort=sort)
+        if not thumbnails and len(page.html) > MAX_INLINED_BYTES:
+            console.show_large_page(len(page.html))
         console.print_data(str(write_page(page, opened, out)))
         return
     if form == "table" and out is None:
@@ -305,7 +307,7 @@ def report(
             console.show_rows(rows, counts)
         return
     if form == "table":
-        raise DatasetError("a table goes to the terminal only", "add --format json, csv or md to --out")
+        raise DatasetError("a table goes to the terminal only", "add --format html, json, csv or md to --out")
     text = {
         "json": lambda: to_json(rows, counts),
         "csv": lambda: to_csv(rows),

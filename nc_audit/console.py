@@ -246,6 +246,20 @@ def show_thumbnails(rows: Sequence[ReportRow], images: ImageStore) -> None:
         console.print()
 
 
+def show_large_page(size: int) -> None:
+    """A warning to stderr that a page with its pictures inside is large.
+
+    Args:
+        size: of the page, in bytes.
+    """
+    err.print(
+        Text(
+            f"! the page is {size / 1e6:,.0f} MB; --thumbnails puts its pictures into files beside it",
+            "yellow",
+        )
+    )
+
+
 def show_export(result: ExportResult) -> None:
     """What an export wrote, to stdout; the counts reconcile."""
     console = out()

@@ -15,17 +15,24 @@ import numpy as np
 
 from nc_audit.report.text import plain
 
-_WIDTH, _HEIGHT = 520, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
+_WIDTH, _HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 14, 48
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it shows with its unit, and its range, `low` < `high`."""
+    """One axis: what it shows with its unit, and its range, `low` < `high`; `is_whole` where only whole numbers mean
+    something, such as counts."""
 
     label: str
     low: float
     high: float
+    is_whole: bool = False
+
+    def ticks(self, count: int) -> list[float]:
+        """Round numbers within the axis."""
+        found = ticks(self.low, self.high, count)
+        return [one for one in found if one == int(one)] if self.is_whole else found
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -71,17 +78,17 @@ class _Frame:
 
     def _axes(self) -> None:
         bottom = _HEIGHT - _BOTTOM
-        for value in ticks(self.y.low, self.y.high, 4):
+        for value in self.y.ticks(4):
             y = self.at_y(value)
             self.line(_LEFT, y, _WIDTH - _RIGHT, y, "grid")
             self.text(_LEFT - 8, y + 4, number(value), "tick end")
-        for value in ticks(self.x.low, self.x.high):
-            self.text(self.at_x(value), bottom + 17, number(value), "tick mid")
+        for value in self.x.ticks(5):
+            self.text(self.at_x(value), bottom + 18, number(value), "tick mid")
         self.line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "axis")
         self.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 7, self.x.label, "label mid")
         middle = (_TOP + bottom) / 2
         self.parts.append(
-            f'<text class="label mid" transform="translate(13 {middle:.1f}) rotate(-90)">'
+            f'<text class="label mid" transform="translate(15 {middle:.1f}) rotate(-90)">'
             f"{_text(self.y.label)}</text>"
         )
 
@@ -133,6 +140,16 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(count: int, noun: str = "pair") -> str:
+    """A count with its noun.
+
+    Example:
+        >>> counted(1), counted(2000)
+        ('1 pair', '2,000 pairs')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _text(text: str) -> str:
     return escape(plain(text), quote=True)
 
@@ -155,7 +172,7 @@ def histogram(
         values: numbers by tag; not finite ones are left out.
         limits: range of the horizontal axis; that of the values when not given.
         marks: vertical lines by name, such as thresholds.
-        stacked: pairs counted, one tag on the other; otherwise each tag as shares of itself, so that a rare tag shows.
+        stacked: one tag on the other; otherwise each from the bottom. Both count pairs.
         bins: how many intervals of equal width, 1..
     """
     finite = {tag: one[np.isfinite(one)] for tag, one in values.items()}
@@ -166,13 +183,9 @@ def histogram(
     counts = {tag: np.histogram(one, edges)[0].astype(float) for tag, one in finite.items()}
     if stacked:
         top = float(np.sum(list(counts.values()), axis=0).max()) if counts else 1.0
-        axis = Axis("pairs", 0, max(top, 1) * 1.05)
     else:
-        counts = {tag: 100 * one / max(one.sum(), 1) for tag, one in counts.items()}
-        axis = Axis(
-            "share of its tag, %", 0, max((float(one.max()) for one in counts.values()), default=1) * 1.05
-        )
-    frame = _Frame(Axis(label, low, high), axis)
+        top = max((float(one.max()) for one in counts.values()), default=1.0)
+    frame = _Frame(Axis(label, low, high), Axis("pairs", 0, max(top, 1) * 1.05, is_whole=True))
     below = np.zeros(bins)
     for tag, one in counts.items():
         if stacked:
@@ -188,7 +201,7 @@ def histogram(
             frame.path(outline, f"area {tag}", closed=True)
             frame.path(outline[1:-1], f"line {tag}")
     frame.marks(marks or {})
-    told = ", ".join(f"{tag} {len(one):,} pairs, median {np.median(one):.3g}" for tag, one in finite.items())
+    told = ", ".join(f"{tag} {counted(len(one))}, median {np.median(one):.3g}" for tag, one in finite.items())
     return frame.svg(title, f"{label}: {told or 'no values'}")
 
 
@@ -203,7 +216,7 @@ def curves(title: str, label: str, quartiles: Mapping[str, np.ndarray]) -> str:
     shown = {tag: one for tag, one in quartiles.items() if len(one) and np.isfinite(one).any()}
     epochs = max((len(one) for one in shown.values()), default=1)
     _, high = padded(np.concatenate([one.ravel() for one in shown.values()]) if shown else np.empty(0))
-    frame = _Frame(Axis("epoch", 1, max(epochs, 2)), Axis(label, 0, max(high * 1.05, 1e-6)))
+    frame = _Frame(Axis("epoch", 1, max(epochs, 2), is_whole=True), Axis(label, 0, max(high * 1.05, 1e-6)))
     for tag, one in shown.items():
         steps = range(1, len(one) + 1)
         band = [(float(at), float(one[at - 1, 0])) for at in steps]
@@ -214,8 +227,23 @@ def curves(title: str, label: str, quartiles: Mapping[str, np.ndarray]) -> str:
     return frame.svg(title, f"median {label} from the first to the last epoch: {told or 'no values'}")
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share that was seen in `count` >= 1 cases.
+
+    Example:
+        >>> [round(end, 3) for end in wilson(0.5, 10)]
+        [0.237, 0.763]
+    """
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def reliability(title: str, probability: np.ndarray, is_noise: np.ndarray, bins: int = 10) -> str:
     """Observed share of noise against the probability that was stated; on the diagonal the two agree.
+
+    Each point has its 95 % Wilson interval and the number of its pairs.
 
     Args:
         title: what the chart is of.
@@ -226,16 +254,23 @@ def reliability(title: str, probability: np.ndarray, is_noise: np.ndarray, bins:
     frame = _Frame(Axis("stated noise probability", 0, 1), Axis("observed share of noise", 0, 1))
     frame.path([(0, 0), (1, 1)], "mark")
     place = np.minimum((probability * bins).astype(int), bins - 1)
-    points, told = [], []
+    points: list[tuple[float, float, int]] = []
+    told = []
     for index in range(bins):
         inside = place == index
         if inside.any():
             stated, observed = float(probability[inside].mean()), float(is_noise[inside].mean())
-            points.append((stated, observed))
-            told.append(f"{stated:.2f} stated, {observed:.2f} observed ({int(inside.sum()):,} pairs)")
-    frame.path(points, "line noisy")
-    for stated, observed in points:
-        frame.parts.append(
-            f'<circle class="fill noisy" cx="{frame.at_x(stated):.1f}" cy="{frame.at_y(observed):.1f}" r="4"/>'
+            points.append((stated, observed, int(inside.sum())))
+            told.append(f"{stated:.2f} stated, {observed:.2f} observed ({counted(int(inside.sum()))})")
+    frame.path([(stated, observed) for stated, observed, _ in points], "line noisy")
+    for stated, observed, count in points:
+        x = frame.at_x(stated)
+        low, high = wilson(observed, count)
+        frame.line(x, frame.at_y(low), x, frame.at_y(high), "axis")
+        frame.parts.append(f'<circle class="fill noisy" cx="{x:.1f}" cy="{frame.at_y(observed):.1f}" r="4"/>')
+        # Beside the point, on the side away from the diagonal and inside the frame.
+        on_left = observed > stated or x > _WIDTH - _RIGHT - 40
+        frame.text(
+            x + (-7 if on_left else 7), frame.at_y(observed) + 4, f"{count:,}", f"tick{' end' * on_left}"
         )
     return frame.svg(title, "; ".join(told) or "no judged pairs")

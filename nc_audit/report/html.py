@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +26,7 @@ from markupsafe import Markup
 from nc_audit.dataset.images import ImageStore
 from nc_audit.errors import DatasetError
 from nc_audit.report import ReportRow, noise_rate_text, summary
-from nc_audit.report.charts import curves, histogram, reliability
+from nc_audit.report.charts import counted, curves, histogram, reliability
 from nc_audit.report.joined import joined
 from nc_audit.report.text import json_text, plain
 from nc_audit.report.thumbnails import data_uri, thumbnails
@@ -35,6 +35,8 @@ from nc_audit.schema import TAGS_KNOWN
 
 _SHOWN_SCORES = ("similarity", "loss", "swapped_entropy", "caption_rank", "image_rank")
 _MAX_GROUPS = 15
+# Above this a page with its pictures inside is slow to open and to send.
+MAX_INLINED_BYTES = 30_000_000
 _DISTRIBUTIONS = (
     ("Loss", "loss", "loss, nats"),
     ("Energy", "energy", "energy, nats"),
@@ -87,7 +89,7 @@ def html_report(
         data=Markup(_script_json(gallery)),
         name=plain(str(facts["dataset"] or facts["run"])),
         facts=facts,
-        about=_about(run, facts),
+        about=_about(run, facts, pc.sum(pc.is_valid(table["duplicate_of"])).as_py() or 0),
         findings=[_finding(one) for one in facts["findings"]],
         charts=_charts(run, distinct),
         groups=_groups(distinct),
@@ -146,7 +148,7 @@ def _script_json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _about(run: Run, facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _about(run: Run, facts: dict[str, Any], num_copies: int) -> list[tuple[str, str]]:
     """What the run was, as name and value."""
     stated = run.manifest.get("summary") or {}
     rate = facts["noise_rate"] or {}
@@ -155,7 +157,8 @@ def _about(run: Run, facts: dict[str, Any]) -> list[tuple[str, str]]:
     auroc = rate.get("expected_auroc")
     noisy_at = thresholds.get("noisy_at")
     values = {
-        "Estimated noise rate": noise_rate_text(facts["noise_rate"]),
+        "Estimated noise rate": _rate(rate),
+        "Copies": f"{counted(num_copies, 'row')} that repeat an earlier pair" if num_copies else None,
         "Evidence": rate.get("evidence"),
         "Expected AUROC": None if auroc is None else f"{auroc:.3f}",
         "Recipe": (run.manifest.get("recipe") or {}).get("name"),
@@ -165,6 +168,12 @@ def _about(run: Run, facts: dict[str, Any]) -> list[tuple[str, str]]:
         "Noisy from": _probability(noisy_at) if noisy_at is not None else None,
     }
     return [(name, plain(str(value))) for name, value in values.items() if value]
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    if rate.get("evidence") == "none" or not noise_rate_text(rate):
+        return "cannot be told: the scores of this run do not say how many pairs are wrong"
+    return noise_rate_text(rate)
 
 
 def _probability(value: float | None) -> str | None:
@@ -218,14 +227,17 @@ def _charts(run: Run, table: pa.Table) -> list[dict[str, Any]]:
         values = _numbers(table[column])
         if np.isfinite(values).any():
             drawing = histogram(title, label, _by_tag(values, tag))
-            charts.append((title, "Each tag as shares of itself, so that a rare tag shows.", drawing))
+            charts.append((title, "Pairs by tag, each from the bottom; a rare tag stays low.", drawing))
     charts += _training(run, table["pair_id"], tag)
     truth = _truth(run, table)
     known = truth >= 0
     judged = known & np.isfinite(probability)
     if judged.any():
         drawing = reliability("Reliability", probability[judged], truth[judged] == 1)
-        note = f"Against the truth of {int(judged.sum()):,} pairs; on the dashed line the probabilities are right."
+        note = (
+            f"Against the truth of {counted(int(judged.sum()))}, in tenths, with counts and 95 % intervals. "
+            "On the dotted line the probabilities are right."
+        )
         charts.append(("Reliability", note, drawing))
     return [{"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in charts]
 

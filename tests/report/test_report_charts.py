@@ -61,6 +61,25 @@ def test_charts_without_values_say_so():
     assert "no judged pairs" in reliability("a", np.empty(0), np.empty(0, bool))
 
 
+def test_epochs_and_counts_are_whole_numbers():
+    drawing = curves("c", "loss", {"clean": np.ones((3, 3))}) + histogram(
+        "h", "x", {"clean": np.array([5.0])}
+    )
+    root = ElementTree.fromstring(f"<all>{drawing}</all>")
+    epochs, counts = (
+        [one.text for one in chart.iter("text") if one.get("class") == kind]
+        for chart, kind in zip(root, ("tick mid", "tick end"), strict=True)
+    )
+    assert epochs == ["1", "2", "3"]
+    assert counts == ["0", "1"]
+
+
+def test_a_rare_tag_is_drawn_as_low_as_it_is_rare():
+    drawing = histogram("h", "x", {"clean": np.full(100, 0.1), "noisy": np.array([0.9])}, limits=(0, 1))
+    assert "share" not in drawing
+    assert "clean 100 pairs, median 0.1, noisy 1 pair, median 0.9" in drawing
+
+
 def test_reliability_tells_stated_and_observed():
     drawing = reliability("r", np.array([0.9, 0.92, 0.1]), np.array([True, False, False]))
-    assert "0.10 stated, 0.00 observed (1 pairs); 0.91 stated, 0.50 observed (2 pairs)" in drawing
+    assert "0.10 stated, 0.00 observed (1 pair); 0.91 stated, 0.50 observed (2 pairs)" in drawing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_in_a_browser(run, tmp_path):
         page.keyboard.press("k")
         assert page.locator("#count").inner_text() == "60 pairs, page 2 of 3"
         page.select_option("#f-tag", "noisy")
-        assert page.locator("#count").inner_text() == "1 pairs, page 1 of 1"
+        assert page.locator("#count").inner_text() == "1 pair, page 1 of 1"
         page.select_option("#f-tag", "")
         page.select_option("#f-split", "train")
         page.fill("#f-text", "NUMBERED 7")
@@ -144,3 +145,26 @@ def test_in_a_browser(run, tmp_path):
         browser.close()
     assert complaints == []
     assert [url for url in requests if not url.startswith(("data:", "file:"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("look", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_serious_fault_of_accessibility(run, tmp_path, look, width):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    axe = pytest.importorskip(
+        "axe_core_python", reason="axe-core-python is not installed (the dev extra has it)"
+    )
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    file = write_page(page_of(run), run, tmp_path / "report.html")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=look)
+        page.goto(file.as_uri())
+        page.evaluate(files(axe).joinpath("axe.min.js").read_text(encoding="utf-8"))
+        found = page.evaluate("() => axe.run()")["violations"]
+        browser.close()
+    faults = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert [f"{one['id']}: {one['nodes'][0]['html']}" for one in faults] == []

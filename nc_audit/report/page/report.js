@@ -74,7 +74,7 @@
     const pages = Math.max(1, Math.ceil(shown.length / PER_PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
     byId("pairs").replaceChildren(...shown.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(card));
-    byId("count").textContent = shown.length.toLocaleString("en") + " pairs, page " + (page + 1) + " of " + pages;
+    byId("count").textContent = shown.length.toLocaleString("en") + (shown.length === 1 ? " pair, page " : " pairs, page ") + (page + 1) + " of " + pages;
     byId("previous").disabled = page === 0;
     byId("next").disabled = page === pages - 1;
   }
