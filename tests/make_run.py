@@ -89,6 +89,8 @@ def make_run(path: Path, pairs: Sequence[Pair], **manifest: Any) -> Run:
         "tag": [pair.tag if pair.is_ok else None for pair in pairs],
         "reasons": [list(pair.reasons) for pair in pairs],
         "decided_by": ["model" if pair.is_ok else None for pair in pairs],
+        "rematch_row": [pair.rematch_row for pair in pairs],
+        "rematch_probability": [pair.rematch_probability for pair in pairs],
     }
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
@@ -99,12 +101,7 @@ def make_run(path: Path, pairs: Sequence[Pair], **manifest: Any) -> Run:
         pairs_table = pairs_table.append_column(name, pa.array([pair.columns.get(name) for pair in pairs]))
     run.write_table("pairs", pairs_table)
     run.write_table("scores", _table(SCORES, scores, len(pairs)))
-    tags_table = _table(TAGS, tags, len(pairs))
-    if any(pair.rematch_row is not None or pair.rematch_probability is not None for pair in pairs):
-        for name, kind in (("rematch_row", pa.int64()), ("rematch_probability", pa.float32())):
-            values = pa.array([getattr(pair, name) for pair in pairs], kind)
-            tags_table = tags_table.append_column(name, values)
-    run.write_table("tags", tags_table)
+    run.write_table("tags", _table(TAGS, tags, len(pairs)))
     return run
 
 

@@ -150,7 +150,7 @@ def test_a_run_without_rematches_says_so_in_one_line(tmp_path):
         tmp_path / "run", [Pair(0, "a plane", tag="noisy", best_caption="b", best_caption_margin=1.0)]
     )
     result = export_run(run, tmp_path / "out", rematch=True, read_image=reader())
-    assert result.notes == ["--rematch changes nothing: the run did not look for re-matches"]
+    assert result.notes == ["--rematch changes nothing: the run found no confident re-match"]
     assert [row["caption"] for row in exported(tmp_path / "out")] == ["a plane"]
 
 
