@@ -419,6 +419,7 @@ class _Audit:
             settings,
             self.recipe.score.candidates,
             logit_scale=self.embeddings.logit_scale,
+            precision=self.encoder_plan.precision,
             trusted_N=self.trusted,
             **self.tokens,
         )

@@ -42,6 +42,7 @@ def run_recipe(
     recipe: Recipe,
     *,
     logit_scale: float | None = None,
+    precision: str = "fp32",
     trusted_share: float = 0.2,
     tokens: Callable[[Corrupted], dict[str, Tensor]] | None = None,
 ) -> Verdict:
@@ -51,6 +52,7 @@ def run_recipe(
         corrupted: pairs with embeddings.
         recipe: its `train` and `score` sections count.
         logit_scale: of aligned encoders.
+        precision: heads may multiply in, `fp32` or `bf16`.
         trusted_share: share of the truly clean pairs that is handed to methods which need trusted pairs, 0..1.
         tokens: local embeddings of the pairs, for methods that use them.
     """
@@ -68,6 +70,7 @@ def run_recipe(
         recipe.train,
         recipe.score.candidates,
         logit_scale=logit_scale,
+        precision=precision,
         trusted_N=torch.from_numpy(trusted) if trusted.any() else None,
         **local,
     )

@@ -219,6 +219,7 @@ def bench(
                 corrupted,
                 recipe,
                 logit_scale=encoders.logit_scale,
+                precision=plan.precision,
                 trusted_share=grid.trusted_share,
                 tokens=corpus.tokens,
             )

@@ -15,9 +15,14 @@ Specs: `open_clip:MODEL/PRETRAINED`, `open_clip:MODEL@FILE`, `open_clip:hf-hub:O
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from nc_audit.errors import EncoderError, nearest
@@ -290,6 +295,26 @@ def _automatic(notes: list[str]) -> tuple[str, str]:
     return "patches", "tfidf"
 
 
+def _open_clip_towers(spec: str) -> ModuleType:
+    """The module of open_clip's towers, imported without transformers where the model has no use for them.
+
+    open_clip imports transformers for a few text towers only, which takes about as long as all the rest of it.
+    """
+    name = re.split("[/@]", spec.removeprefix("open_clip:"))[0]
+    home = importlib.util.find_spec("open_clip")
+    config = Path((home and home.origin) or "").parent / "model_configs" / f"{name}.json"
+    spared = (
+        "transformers" not in sys.modules and config.is_file() and '"hf_' not in config.read_text("utf-8")
+    )
+    if spared:
+        sys.modules["transformers"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("nc_audit.encoders.open_clip_towers")
+    finally:
+        if spared:
+            del sys.modules["transformers"]
+
+
 def _check(spec: str, file: Path | None, side: str) -> None:
     known = IMAGE_SPECS if side == "image" else TEXT_SPECS
     if spec in ("auto", "builtin"):
@@ -299,9 +324,7 @@ def _check(spec: str, file: Path | None, side: str) -> None:
     if spec == AUTO:
         return
     if spec.startswith("open_clip:"):
-        from nc_audit.encoders import open_clip_towers
-
-        open_clip_towers.check_spec(spec, file)
+        _open_clip_towers(spec).check_spec(spec, file)
     elif spec.startswith("timm:") and side == "image":
         from nc_audit.encoders import timm_tower
 
@@ -325,14 +348,14 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
     text: TextEncoder | TextLearner
     scale: float | None = None
     if plan.aligned:
-        from nc_audit.encoders.open_clip_towers import OpenClipModel
-
-        model = OpenClipModel(plan.image, plan.image_weights, plan)
-        return Encoders(model.image_encoder(), model.text_encoder(), model.logit_scale)
+        model = _open_clip_towers(plan.image).OpenClipModel(plan.image, plan.image_weights, plan)
+        encoders = Encoders(model.image_encoder(), model.text_encoder(), model.logit_scale)
+        model.settle()
+        return encoders
     if plan.image.startswith("open_clip:"):
-        from nc_audit.encoders.open_clip_towers import OpenClipModel
-
-        image = OpenClipModel(plan.image, plan.image_weights, plan).image_encoder()
+        model = _open_clip_towers(plan.image).OpenClipModel(plan.image, plan.image_weights, plan)
+        image = model.image_encoder()
+        model.settle()
     elif plan.image.startswith("timm:"):
         from nc_audit.encoders.timm_tower import TimmImageEncoder
 
@@ -342,9 +365,9 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
 
         image = Patches(plan.seed)
     if plan.text.startswith("open_clip:"):
-        from nc_audit.encoders.open_clip_towers import OpenClipModel
-
-        text = OpenClipModel(plan.text, plan.text_weights, plan).text_encoder()
+        model = _open_clip_towers(plan.text).OpenClipModel(plan.text, plan.text_weights, plan)
+        text = model.text_encoder()
+        model.settle()
     elif plan.text.startswith("st:"):
         from nc_audit.encoders.sentence_tower import SentenceEncoder
 

@@ -27,6 +27,7 @@ from nc_audit.encoders.weights import (
     autocast,
     digest_of_encoder,
     hub_file,
+    lowered_,
     normalised,
     pixel_steps,
     read_weights,
@@ -43,7 +44,7 @@ HUB_NAMES = (
     "model.safetensors",
 )
 HUB_CONFIG = "open_clip_config.json"
-TOKENS_AT_ONCE = 64 * 77  # per batch of captions, padding included
+TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 32_768}  # per batch of captions, padding included
 
 
 def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
@@ -186,6 +187,15 @@ class OpenClipModel:
         """The text tower."""
         return OpenClipCaptions(self)
 
+    def settle(self) -> None:
+        """Training is over: lay weights out as encoding is quickest. Take the encoders before it."""
+        lowered_(self.model, self.precision)
+        if self.can_cut:
+            # Masked attention takes its input with the position first, and would copy it batch by batch.
+            self.text_tower.transformer.batch_first = False
+            for block in self.text_tower.transformer.resblocks:
+                block.attn.batch_first = False
+
     def tokenise(self, captions: Sequence[str]) -> Tensor:
         """Token numbers of captions, shape [B, L], on the CPU; L is the longest of them where that is enough."""
         tokens_BL = self.tokenizer(list(captions))
@@ -297,6 +307,7 @@ class OpenClipCaptions:
         self.device, self.precision = owner.device, owner.precision
         self.model, self.tokenizer = owner.model, owner.tokenizer
         self.tower, self.can_cut = owner.text_tower, owner.can_cut
+        self.at_once = TOKENS_AT_ONCE[self.device]
         self.context = int(getattr(self.tokenizer, "context_length", None) or self.model.context_length)
         facts = {
             "side": "text",
@@ -318,7 +329,7 @@ class OpenClipCaptions:
         tokens = self.tokenizer(list(captions))
         if not self.can_cut:
             return torch.cat(
-                [self._embed(part) for part in tokens.split(TOKENS_AT_ONCE // tokens.shape[1] or 1)]
+                [self._embed(part) for part in tokens.split(self.at_once // tokens.shape[1] or 1)]
             )
         lengths = tokens.argmax(1) + 1  # the end-of-text token has the highest number
         order = lengths.argsort(stable=True)
@@ -326,7 +337,7 @@ class OpenClipCaptions:
         start = 0
         while start < len(order):
             stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= TOKENS_AT_ONCE:
+            while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= self.at_once:
                 stop += 1
             rows = order[start:stop]
             part = self._embed(tokens[rows][:, : int(lengths[rows].max())])

@@ -13,6 +13,7 @@ from nc_audit.encoders.weights import (
     autocast,
     digest_of_encoder,
     hub_file,
+    lowered_,
     normalised,
     pixel_steps,
     read_weights,
@@ -80,6 +81,7 @@ class TimmImageEncoder:
         }
         self.digest = digest_of_encoder(facts, model.state_dict())
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+        lowered_(self.model, self.precision)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image as bytes [3, H, W]."""

@@ -186,6 +186,23 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def lowered_(model: torch.nn.Module, precision: str) -> None:
+    """Keep the matrices of a model that trains no more in the precision they are multiplied in, in place.
+
+    Within `autocast` the products are the same; without this, it casts every matrix again for every batch, which costs
+    a large model nearly half its time on a processor.
+    """
+    if precision != "bf16":
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+            module.to(torch.bfloat16)
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+                if (matrix := getattr(module, name)) is not None:
+                    matrix.data = matrix.data.to(torch.bfloat16)
+
+
 def pixel_steps(transform: Any) -> Callable[[Image.Image], Tensor]:
     """The steps of a torchvision transform that precede its conversion to floats, ending in uint8 [3, H, W].
 

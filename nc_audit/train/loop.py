@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nc_audit.encoders.weights import autocast
 from nc_audit.errors import TrainingError
 from nc_audit.methods import self_paced
 from nc_audit.methods.heads import Heads
@@ -44,6 +45,7 @@ class Inputs:
         pairs: the given pairs, distinct, in canonical order.
         candidates: the fixed captions and images every pair is scored against.
         logit_scale: of aligned encoders, whose cosine means something untrained; None where they are not aligned.
+        precision: heads may multiply in while they train, `fp32` or `bf16`; what they give is float32 either way.
         trusted_N: pairs known to be right, bool [N]; None where none are known.
         image_tokens: local embeddings of images, shape [I, T, K], all-zero tokens are padding; None where the
             encoder has none.
@@ -59,6 +61,7 @@ class Inputs:
     pairs: Pairs
     candidates: Candidates
     logit_scale: float | None = None
+    precision: str = "fp32"
     trusted_N: Tensor | None = None
     image_tokens: Tensor | None = None
     caption_tokens: Tensor | None = None
@@ -109,12 +112,15 @@ class Plan:
 
     @classmethod
     def of(cls, num_pairs: int, settings: TrainSection) -> Plan:
-        """A plan of `settings.steps` steps; of more beyond 30,000 pairs, in proportion, up to eight times as many."""
-        batch = settings.batch or (512 if num_pairs < 10_000 else 1024)
-        batch = max(8, min(batch, num_pairs // 4))
+        """A plan of `settings.steps` steps: fewer below 6,000 pairs, more beyond 30,000 (up to eight times as many).
+
+        Few pairs are soon learnt by heart, wrong ones too, so they are met in smaller batches and fewer steps.
+        """
+        tenth = 1 << max(4, min(10, (num_pairs // 10).bit_length() - 1))  # a power of two, 16..1024
+        batch = max(8, min(settings.batch or tenth, num_pairs // 4))
         epochs = settings.epochs
-        more = min(8.0, max(1.0, num_pairs / 30_000))
-        return cls(batch, epochs, max(1, round(more * settings.steps / epochs)))
+        share = min(1.0, (num_pairs / 6_000) ** (1 / 3)) * min(8.0, max(1.0, num_pairs / 30_000))
+        return cls(batch, epochs, max(1, round(share * settings.steps / epochs)))
 
     def is_scored(self, epoch: int, num_pairs: int) -> bool:
         """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second or third time.
@@ -151,6 +157,7 @@ class Trainer:
         weight_decay: of matrices; vectors have none.
         seed: draws the batches.
         extra: a further module to train along, under the same rules.
+        precision: of the heads' products.
     """
 
     def __init__(
@@ -163,7 +170,9 @@ class Trainer:
         weight_decay: float,
         seed: int,
         extra: nn.Module | None = None,
+        precision: str = "fp32",
     ) -> None:
+        self.precision = precision
         self.heads, self.pairs, self.plan, self.inputs = heads, pairs, plan, inputs
         self.generator = torch.Generator().manual_seed(seed)
         trained = [*heads.parameters(), *(extra.parameters() if extra is not None else ())]
@@ -188,11 +197,11 @@ class Trainer:
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
         image, caption = self.pairs.image_N[at_B], self.pairs.caption_N[at_B]
-        cosine_BB = (
-            self.heads.image(self.inputs.image_head_ID[image])
-            @ self.heads.caption(self.inputs.caption_head_CD[caption]).T
-        )
-        return cosine_BB, image, caption
+        with autocast("cpu", self.precision):
+            image_BD = self.heads.image(self.inputs.image_head_ID[image])
+            caption_BD = self.heads.caption(self.inputs.caption_head_CD[caption])
+            cosine_BB = image_BD @ caption_BD.T
+        return cosine_BB.float(), image, caption
 
     def run_epoch(self, objective: Callable[[Tensor], Tensor]) -> None:
         """Train for one epoch of the plan.

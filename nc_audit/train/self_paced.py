@@ -240,6 +240,7 @@ def train_folds(
                 settings,
                 settings.weight_decay,
                 seed + 1 + k,
+                precision=inputs.precision,
             )
             for k in range(num_folds)
         ]
@@ -357,7 +358,16 @@ def train_final(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = new_heads(inputs, settings, settings.final_input_dropout)
-        trainer = Trainer(heads, inputs, together, plan, settings, settings.final_weight_decay, seed + 1)
+        trainer = Trainer(
+            heads,
+            inputs,
+            together,
+            plan,
+            settings,
+            settings.final_weight_decay,
+            seed + 1,
+            precision=inputs.precision,
+        )
         for epoch in range(1, plan.epochs + 1):
             trainer.run_epoch(partial(weighted, trainer, weights))
             if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
