@@ -30,7 +30,7 @@ from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
 
-_MOST_COSINES = 10**10  # in a search for ranks and best matches
+_MOST_COSINES = 5 * 10**9  # in a search for ranks and best matches
 _MOST_OWN = 30  # neighbours of the own image that are looked past
 
 

@@ -48,9 +48,9 @@ class Head(nn.Module):
         )
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Unit vectors, shape [B, width]."""
+        """Unit vectors, shape [B, width], float32 whatever the precision of the products."""
         inputs = self.input_dropout(self.norm(vectors_BD))
-        return functional.normalize(self.linear(inputs) + self.correction(inputs), dim=1)
+        return functional.normalize((self.linear(inputs) + self.correction(inputs)).float(), dim=1)
 
 
 class Heads(nn.Module):

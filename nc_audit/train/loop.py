@@ -119,15 +119,15 @@ class Plan:
         tenth = 1 << max(4, min(10, (num_pairs // 10).bit_length() - 1))  # a power of two, 16..1024
         batch = max(8, min(settings.batch or tenth, num_pairs // 4))
         epochs = settings.epochs
-        share = min(1.0, (num_pairs / 6_000) ** (1 / 3)) * min(8.0, max(1.0, num_pairs / 30_000))
+        share = min(1.0, (num_pairs / 6_000) ** (1 / 3)) * min(8.0, max(1.0, (num_pairs / 30_000) ** 0.5))
         return cls(batch, epochs, max(1, round(share * settings.steps / epochs)))
 
     def is_scored(self, epoch: int, num_pairs: int) -> bool:
-        """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second or third time.
+        """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second to fourth time.
 
         The last epoch is always scored.
         """
-        stride = min(3, max(1, round(num_pairs / 150_000)))
+        stride = min(4, max(1, round(num_pairs / 50_000)))
         return (self.epochs - epoch) % stride == 0
 
 
@@ -225,7 +225,8 @@ class Trainer:
 
     def embed(self) -> tuple[Tensor, Tensor]:
         """Unit vectors of all images and captions by the heads as they stand: shapes [I, width], [C, width]."""
-        return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD)
+        with autocast("cpu", self.precision):
+            return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD)
 
     def matches(self) -> Matches:
         """Every quantity of the trainer's pairs against the fixed candidates, by the heads as they stand."""

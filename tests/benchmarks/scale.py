@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str
     """One size: seconds of training, judging and looking around, peak memory in GB, and how well noise is found."""
     import torch
 
+    from nc_audit.encoders.weights import choose_precision
     from nc_audit.methods.known_swaps import swaps_auroc
     from nc_audit.methods.matching import Pairs
     from nc_audit.recipe import ScoreSection, TrainSection
@@ -41,7 +43,8 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str
     wrong = pairs.image_N != true_image
     settings, scoring = TrainSection(), ScoreSection()  # type: ignore[call-arg]
     start = time.perf_counter()
-    inputs = Inputs.prepare(image, caption, pairs, settings, scoring.candidates)
+    precision = choose_precision("auto", "cpu")
+    inputs = Inputs.prepare(image, caption, pairs, settings, scoring.candidates, precision=precision)
     judgement = train(inputs, settings)
     trained = time.perf_counter()
     with torch.inference_mode():
@@ -79,7 +82,11 @@ def main() -> None:
         return
     for size in sizes:
         same = ["--dims", str(asked.dims), "--per-image", str(asked.per_image), "--noise", str(asked.noise)]
-        subprocess.run([sys.executable, __file__, "--one", "--pairs", str(size), *same], check=True)
+        # as the command line sets it, so that other work on the machine costs no more than its share
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        subprocess.run(
+            [sys.executable, __file__, "--one", "--pairs", str(size), *same], check=True, env=waiting
+        )
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_the_pace_waits_then_grows_to_its_end():
     assert pace(losses, 9, settings.model_copy(update={"pace": "none"})).tolist() == [1.0] * 6
 
 
-@pytest.mark.parametrize(("num_pairs", "scored"), [(10_000, 12), (300_000, 6), (9_000_000, 4)])
+@pytest.mark.parametrize(("num_pairs", "scored"), [(10_000, 12), (100_000, 6), (9_000_000, 3)])
 def test_many_pairs_are_scored_less_often_but_always_at_the_end(num_pairs, scored):
     plan = Plan.of(num_pairs, TrainSection())  # type: ignore[call-arg]
     at = [epoch for epoch in range(1, plan.epochs + 1) if plan.is_scored(epoch, num_pairs)]
@@ -219,8 +219,8 @@ def test_steps_grow_with_the_pairs_up_to_a_bound():
     steps = [Plan.of(num, TrainSection()).steps for num in (1_000, 30_000, 60_000, 10**6, 10**7)]  # type: ignore[call-arg]
     assert steps[0] == pytest.approx(160 * (1 / 6) ** (1 / 3), abs=6)
     assert steps[1] == 156
-    assert steps[2] == pytest.approx(2 * 160, abs=6)
-    assert steps[3] == steps[4] == pytest.approx(8 * 160, abs=6)
+    assert steps[2] == pytest.approx(2**0.5 * 160, abs=6)
+    assert steps[3] < steps[4] == pytest.approx(8 * 160, abs=6)
 
 
 @pytest.mark.parametrize(
