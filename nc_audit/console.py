@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nc_audit.export import ExportResult
     from nc_audit.gate import Check
     from nc_audit.report import ReportRow
+    from nc_audit.report.terminal import Screen
 
 _TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
 
@@ -57,13 +58,13 @@ def show_error(problem: AuditError) -> None:
     from nc_audit.report.text import plain
 
     if isinstance(problem, RecipeError) and len(problem.problems) > 1:
-        err.print(Text("error: ", "bold red") + Text(f"the recipe has {len(problem.problems)} problems"))
+        err.print(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
         for one in problem.problems:
             err.print(Text(f"  {plain(one)}"))
     else:
-        err.print(Text("error: ", "bold red") + Text(plain(problem.message)))
+        err.print(Text.assemble(("error: ", "bold red"), plain(problem.message)))
     if problem.hint:
-        err.print(Text("fix: ", "bold") + Text(plain(problem.hint)))
+        err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
 
 
 class Watch:
@@ -93,16 +94,16 @@ class Watch:
     def note(self, text: str) -> None:
         """A line that explains."""
         if not self.quiet:
-            self._line(Text("· ", "dim"), text)
+            self._line(("· ", "dim"), text)
 
     def warn(self, text: str) -> None:
         """A line that matters."""
-        self._line(Text("! ", "bold yellow"), text)
+        self._line(("! ", "bold yellow"), text)
 
-    def _line(self, mark: Text, text: str) -> None:
+    def _line(self, mark: tuple[str, str], text: str) -> None:
         from nc_audit.report.text import plain
 
-        self._progress.console.print(mark + Text(plain(text)))
+        self._progress.console.print(Text.assemble(mark, plain(text)))
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """How far a stage is; one bar for each."""
@@ -217,33 +218,46 @@ def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> None:
 
 
 def show_thumbnails(rows: Sequence[ReportRow], images: ImageStore) -> None:
-    """Each pair as a picture of half blocks with its words below, to stdout; the words alone without colours."""
+    """Each pair as a picture with its words below, to stdout; the words alone without colours."""
     from nc_audit.errors import DatasetError
+    from nc_audit.report.terminal import Screen, ask_terminal, screen_of
     from nc_audit.report.text import plain
-    from nc_audit.report.thumbnails import half_blocks
 
     console = out()
+    screen: Screen | None = None
+    if console.color_system and not console.no_color:
+        screen = screen_of(os.environ, ask_terminal) if sys.stdout.isatty() else Screen("blocks")
     for row in rows:
         p = "" if row.noise_probability is None else f" p {row.noise_probability:.2f}"
         tag = row.tag or "-"
-        console.print(
-            Text(tag, _TAG_STYLES.get(tag, "")) + Text(f"{p} row {row.row} {plain(row.image or '')}")
-        )
-        if row.image_uri and console.color_system and not console.no_color:
+        head = Text.assemble((tag, _TAG_STYLES.get(tag, "")), f"{p} row {row.row} {plain(row.image or '')}")
+        console.print(head)
+        if row.image_uri and screen:
             try:
-                cells = half_blocks(images.read(row.image_uri), min(24, console.width))
+                _show_picture(console, images.read(row.image_uri), screen)
             except (DatasetError, OSError) as problem:
                 console.print(Text(f"no picture: {plain(str(problem))}", "dim"))
-            else:
-                for line in cells:
-                    shown = Text(no_wrap=True)
-                    for upper, lower in line:
-                        shown.append("\u2580", f"{upper} on {lower}")
-                    console.print(shown)
         console.print(Text(plain(row.caption or "")))
         for reason in row.reasons:
             console.print(Text(f"- {plain(reason)}", "dim"))
         console.print()
+
+
+def _show_picture(console: Console, data: bytes, screen: Screen) -> None:
+    from nc_audit.report.terminal import kitty, sixel
+    from nc_audit.report.thumbnails import half_blocks
+
+    columns = min(24, console.width)
+    if screen.form == "blocks":
+        for line in half_blocks(data, columns):
+            shown = Text(no_wrap=True)
+            for upper, lower in line:
+                shown.append("\u2580", f"{upper} on {lower}")
+            console.print(shown)
+    else:
+        print_data(
+            kitty(data, columns) if screen.form == "kitty" else sixel(data, columns, screen.cell_width)
+        )
 
 
 def show_large_page(size: int) -> None:
