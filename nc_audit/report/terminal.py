@@ -176,13 +176,12 @@ def sixel(data: bytes, columns: int, cell_width: int = _CELL_WIDTH) -> str:
     """
     image = small(data, columns * cell_width).quantize(_SIXEL_COLOURS)
     width, height = image.size
-    used = image.getcolors() or []
     palette = np.asarray(image.getpalette(), int).reshape(-1, 3)
     index = np.full((-(-height // 6) * 6, width), -1)
     index[:height] = np.asarray(image)
     registers = []
-    for _, colour in sorted(used, key=lambda one: one[1]):
-        red, green, blue = (round(int(part) * 100 / 255) for part in palette[colour])
+    for colour in np.unique(index[:height]).tolist():
+        red, green, blue = (round(part * 100 / 255) for part in palette[colour].tolist())
         registers.append(f"#{colour};2;{red};{green};{blue}")
     bands = []
     for band in index.reshape(-1, 6, width):
