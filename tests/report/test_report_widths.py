@@ -114,7 +114,7 @@ def test_a_difference_hangs_its_captions_and_reasons(capsys, monkeypatch):
         "two ships in the wide, wide harbour",
         "noisy",
         0.9,
-        ["better caption: a plane or two"],
+        ["better caption: a plane or two planes"],
     )
     change = Change("id", before, replace(before, tag="clean", noise_probability=0.1, reasons=[]))
     console.show_diff(Difference({("noisy", "clean"): 1}, [change], [], []), 5)
@@ -122,8 +122,8 @@ def test_a_difference_hangs_its_captions_and_reasons(capsys, monkeypatch):
         "1 pair changed tag",
         "  row 7  images/7.png  two ships in the wide, wide",
         "         harbour",
-        "    was noisy 0.90  (better caption: a plane or",
-        "        two)",
+        "    was noisy 0.90  (better caption: a plane or two",
+        "        planes)",
         "    now clean 0.10",
         "0 pairs in the first run only",
         "0 pairs in the second run only",
