@@ -123,7 +123,7 @@ def write_page(page: Page, run: Run, out: Path | None) -> Path:
             raise DatasetError(f"{folder} holds other things than a report", "name a new folder: --out DIR")
         target = folder / "index.html"
         for name, data in page.files.items():
-            with replacing(folder / name) as partial:
+            with replacing(folder / name, flushed=False) as partial:
                 partial.write_bytes(data)
     with replacing(target) as partial:
         partial.write_text(page.html, encoding="utf-8")
@@ -355,7 +355,8 @@ def _gallery(
     made = thumbnails([uris[at] for at in images.reading_order(uris)], images.read)
     shown = [uri for uri in uris if uri in made]
     place = {uri: index for index, uri in enumerate(shown)}
-    names = [f"thumbnails/{index:06d}.webp" for index in range(len(shown))]
+    # Named by content: a page that was left behind when a later one was broken off shows no other pair's picture.
+    names = [f"thumbnails/{hashlib.blake2b(made[uri], digest_size=10).hexdigest()}.webp" for uri in shown]
     beside = {name: made[uri] for name, uri in zip(names, shown, strict=True)} if as_files else {}
     kinds = Counter(kind for row in rows for kind in {reason_kind(one) for one in row.reasons})
     entries = [

@@ -39,16 +39,25 @@ _ACTIONS = {
 
 def written(folder: Path, num_pairs: int, num_pictures: int) -> Any:
     """A scored run of so many pairs, the worst of them with pictures."""
-    from make_run import Pair, make_run, picture
-    from review_runs import LOOKS
+    import numpy as np
+    from make_run import Pair, make_run
+    from PIL import Image
+    from review_runs import LOOKS, STAGES
 
     (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
     for number in range(num_pairs - num_pictures, num_pairs):
-        (folder / "images" / f"{number}.png").write_bytes(picture(number, side=256))
+        # Shapes and grain: a thumbnail of about 4 kB, as those of photographs.
+        drawn = generator.integers(0, 256, (9, 9, 3), np.uint8)
+        image = np.asarray(Image.fromarray(drawn).resize((256, 256), Image.Resampling.BICUBIC), np.int16)
+        image = image + generator.integers(-40, 41, (256, 256, 1), np.int16)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
+            folder / "images" / f"{number}.png", compress_level=1
+        )
     pairs = [
         Pair(
             n,
-            f"a house numbered {n} beside a road that leads from the harbour to the forest",
+            caption=f"a house numbered {n} beside a road that leads from the harbour to the forest",
             tag=("clean", "ambiguous", "noisy")[n % 3],
             probability=n / num_pairs,
             best_caption=f"a better caption {n}",
@@ -61,7 +70,9 @@ def written(folder: Path, num_pairs: int, num_pictures: int) -> Any:
         )
         for n in range(num_pairs)
     ]
-    return make_run(folder / "run", pairs, dataset={"path": "drawn", "roots": {"dataset": str(folder)}})
+    return make_run(
+        folder / "run", pairs, stages=STAGES, dataset={"path": "drawn", "roots": {"dataset": str(folder)}}
+    )
 
 
 def measure_pages(run: Any, folder: Path, top: int) -> None:

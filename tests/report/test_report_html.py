@@ -80,6 +80,11 @@ def test_files_beside_the_page(run, tmp_path):
     assert write_page(page, run, tmp_path / "out") == tmp_path / "out" / "index.html"
     assert len(list((tmp_path / "out" / "thumbnails").iterdir())) == 60
     assert "data:image" not in page.html
+    pictures = data_of(page.html)["pictures"]
+    assert all((tmp_path / "out" / name).read_bytes() == page.files[name] for name in pictures)
+    assert {
+        name: data for name, data in page_of(run, as_files=True).files.items() if name not in page.files
+    } == {}
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
