@@ -155,7 +155,6 @@ def _about(run: Run, facts: dict[str, Any], num_copies: int) -> list[tuple[str, 
     encoders = stated.get("encoders") or {}
     thresholds = stated.get("thresholds") or {}
     auroc = rate.get("expected_auroc")
-    noisy_at = thresholds.get("noisy_at")
     values = {
         "Estimated noise rate": _rate(rate),
         "Copies": f"{counted(num_copies, 'row')} that repeat an earlier pair" if num_copies else None,
@@ -164,8 +163,11 @@ def _about(run: Run, facts: dict[str, Any], num_copies: int) -> list[tuple[str, 
         "Recipe": (run.manifest.get("recipe") or {}).get("name"),
         "Image encoder": encoders.get("image"),
         "Text encoder": encoders.get("text"),
-        "Clean up to": _probability(thresholds.get("clean_at")),
-        "Noisy from": _probability(noisy_at) if noisy_at is not None else None,
+        "Noise probability": ", ".join(
+            f"{word} {thresholds[name]:.3g}"
+            for word, name in (("clean up to", "clean_at"), ("noisy from", "noisy_at"))
+            if thresholds.get(name) is not None
+        ),
     }
     return [(name, plain(str(value))) for name, value in values.items() if value]
 
@@ -174,10 +176,6 @@ def _rate(rate: Mapping[str, Any]) -> str:
     if rate.get("evidence") == "none" or not noise_rate_text(rate):
         return "cannot be told: the scores of this run do not say how many pairs are wrong"
     return noise_rate_text(rate)
-
-
-def _probability(value: float | None) -> str | None:
-    return None if value is None else f"probability {value:.3g}"
 
 
 def _finding(finding: Any) -> dict[str, str]:
