@@ -277,13 +277,13 @@ def _annotated(task: Any) -> Iterator[dict[str, Any]]:
 
     The choice called `decision` decides, the text area called `new_caption` gives the new caption; a re-match without
     one takes the `better_caption` of the task. Who decided is the e-mail address of the annotator, or
-    "Label Studio user N" where the export has only the number.
+    "Label Studio user N" where the export has only the number, or the `reviewer` of a task that was never imported there.
 
     Raises:
         ValueError: the task has not this form, or an annotation holds several decisions or captions.
     """
     data = task.get("data") if isinstance(task, dict) else None
-    annotations = task.get("annotations") if isinstance(task, dict) else None
+    annotations = task.get("annotations", []) if isinstance(task, dict) else None
     if not isinstance(data, dict) or not isinstance(annotations, list):
         raise ValueError("no task with data and annotations; export as JSON, not JSON-MIN")
     for annotation in annotations:
@@ -298,7 +298,9 @@ def _annotated(task: Any) -> Iterator[dict[str, Any]]:
         if decision == "rematch" and caption is None:
             caption = data.get("better_caption")
         who = annotation.get("completed_by")
-        name = who.get("email") if isinstance(who, dict) else f"Label Studio user {who}" if who else None
+        name = data.get("reviewer")
+        if who is not None:
+            name = who.get("email") if isinstance(who, dict) else f"Label Studio user {who}"
         yield {
             "pair_id": data.get("pair_id"),
             "decision": decision,

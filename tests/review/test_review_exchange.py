@@ -199,6 +199,16 @@ def exported(tmp_path, run, decide):
     return tmp_path / "done.json"
 
 
+def test_tasks_that_never_saw_label_studio_give_back_what_was_decided(tmp_path):
+    run = decided_run(tmp_path / "run")
+    export_decisions(run, tmp_path / "tasks.json", form="labelstudio")
+    other = run_of(tmp_path / "other")
+    assert import_decisions(other, tmp_path / "tasks.json", reviewer="somebody")["imported"] == 3
+    standing = [Journal(one.path).standing(pair_id) for one in (run, other) for pair_id in ids_of()[:3]]
+    facts = [(one["reviewer"], one["decision"], one.get("caption")) for one in standing]
+    assert facts[:3] == facts[3:]
+
+
 def test_what_label_studio_exports_is_imported(tmp_path):
     run = run_of(tmp_path / "run")
     decided = {
