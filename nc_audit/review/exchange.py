@@ -277,7 +277,7 @@ def _annotated(task: Any) -> Iterator[dict[str, Any]]:
 
     The choice called `decision` decides, the text area called `new_caption` gives the new caption; a re-match without
     one takes the `better_caption` of the task. Who decided is the e-mail address of the annotator, or
-    "Label Studio user N" where the export has only the number, or the `reviewer` of a task that was never imported there.
+    "Label Studio user N" where the export has only the number, or the `reviewer` of a task that was never there.
 
     Raises:
         ValueError: the task has not this form, or an annotation holds several decisions or captions.
