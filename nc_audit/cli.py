@@ -480,7 +480,11 @@ def review(
     ] = None,
     import_: Annotated[
         Path | None,
-        typer.Option("--import", metavar="FILE", help="Take decisions from a csv or jsonl file; then stop."),
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="Take decisions from a csv, jsonl or Label Studio json file; then stop.",
+        ),
     ] = None,
     format: Annotated[
         str | None,

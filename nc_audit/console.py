@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from nc_audit.export import ExportResult
     from nc_audit.gate import Check
     from nc_audit.report import ReportRow
+    from nc_audit.report.terminal import Screen
 
 _TAG_STYLES = {"clean": "green", "ambiguous": "yellow", "noisy": "red"}
 
@@ -32,6 +36,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 _WIDTH_OFF_TERMINAL = 180
+_TABLE_WIDTH = 100
+_NUMBER = re.compile(r"[-+]?\d[\d,.]*( ?%)?( ± [\d.]+)?\*?|-?")
 
 
 def out() -> Console:
@@ -40,6 +46,55 @@ def out() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OFF_TERMINAL
     return console
+
+
+def _note(text: Text) -> None:
+    """A line to stderr, broken between words in a terminal and never elsewhere."""
+    err.print(text, soft_wrap=not err.is_terminal)
+
+
+def _hanging(console: Console, head: str, text: Text) -> None:
+    """Text behind a head, its further lines below its first word rather than below the head."""
+    room = width = max(20, console.width - cell_len(head))
+    lines = text.wrap(console, width)
+    # Terminals disagree about some scripts and emoji; what is counted too low here would run over the edge.
+    while (
+        width > 2
+        and (over := max((_most_cells(line.plain.rstrip()) for line in lines), default=0) - room) > 0
+    ):
+        width = max(2, width - over)
+        lines = text.wrap(console, width)
+    for at, line in enumerate(lines):
+        line.rstrip()
+        console.print(Text.assemble(head if at == 0 else " " * cell_len(head), line), soft_wrap=True)
+
+
+def _most_cells(text: str) -> int:
+    """The cells that a text takes in a terminal that joins no emoji and gives every vowel sign a cell of its own."""
+    return sum(_lone_cells(one) for one in text)
+
+
+def _lone_cells(character: str) -> int:
+    if "\U0001f1e6" <= character <= "\U0001f1ff" or "\U0001f3fb" <= character <= "\U0001f3ff":
+        return 2  # the letters of flags, the tones of skins
+    if character == "\ufe0f" or unicodedata.category(character) == "Mc":
+        return 1
+    return cell_len(character)
+
+
+def _is_steady(text: str) -> bool:
+    """Whether every terminal shows a text equally wide and from left to right, so that columns hold."""
+    return text.isascii() or (
+        _most_cells(text) == cell_len(text)
+        and not any(unicodedata.bidirectional(one) in ("R", "AL", "AN") for one in text)
+    )
+
+
+def _next(console: Console, *commands: str) -> None:
+    """What to type next: side by side where they fit, else each whole on a line of its own, fit to be copied."""
+    one = "next: " + "    ".join(commands)
+    text = one if cell_len(one) <= console.width else "next: " + "\n      ".join(commands)
+    console.print(Text(text), soft_wrap=True)
 
 
 def print_data(text: str) -> None:
@@ -57,13 +112,13 @@ def show_error(problem: AuditError) -> None:
     from nc_audit.report.text import plain
 
     if isinstance(problem, RecipeError) and len(problem.problems) > 1:
-        err.print(Text("error: ", "bold red") + Text(f"the recipe has {len(problem.problems)} problems"))
+        err.print(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
         for one in problem.problems:
-            err.print(Text(f"  {plain(one)}"))
+            _note(Text(f"  {plain(one)}"))
     else:
-        err.print(Text("error: ", "bold red") + Text(plain(problem.message)))
+        _note(Text.assemble(("error: ", "bold red"), plain(problem.message)))
     if problem.hint:
-        err.print(Text("fix: ", "bold") + Text(plain(problem.hint)))
+        err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
 
 
 class Watch:
@@ -93,16 +148,16 @@ class Watch:
     def note(self, text: str) -> None:
         """A line that explains."""
         if not self.quiet:
-            self._line(Text("· ", "dim"), text)
+            self._line(("· ", "dim"), text)
 
     def warn(self, text: str) -> None:
         """A line that matters."""
-        self._line(Text("! ", "bold yellow"), text)
+        self._line(("! ", "bold yellow"), text)
 
-    def _line(self, mark: Text, text: str) -> None:
+    def _line(self, mark: tuple[str, str], text: str) -> None:
         from nc_audit.report.text import plain
 
-        self._progress.console.print(mark + Text(plain(text)))
+        _note(Text.assemble(mark, plain(text)))
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """How far a stage is; one bar for each."""
@@ -114,6 +169,10 @@ class Watch:
         speed = self._progress.tasks[self._progress.task_ids.index(task)].speed
         rate = f"{speed:,.0f}/s" if speed and speed >= 10 else ""
         self._progress.update(task, completed=done, total=total, rate=rate)
+
+
+def _pairs(count: int) -> str:
+    return "pair" if count == 1 else "pairs"
 
 
 def percent(share: float) -> str:
@@ -143,16 +202,16 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
     if summary.get("decided_rows"):
         console.print(Text(f"decided by people: {summary['decided_rows']:,} rows"))
     for line in rate_lines(summary):
-        console.print(Text(line))
+        _hanging(console, "", Text(line))
     for found in summary["findings"]:
         rows = "1 row" if found["count"] == 1 else f"{found['count']:,} rows"
-        console.print(Text(f"found: {rows}  {found['kind']}: {found['detail']}"))
+        _hanging(console, "found: ", Text(f"{rows}  {found['kind']}: {found['detail']}"))
     seconds = summary["seconds"]
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
     where = "" if is_default else f" --run {run}"
     console.print(Text(f"run: {run}", "dim"))
-    console.print(f"next: nc-audit report{where} --top 200    nc-audit export{where} --drop noisy")
+    _next(console, f"nc-audit report{where} --top 200", f"nc-audit export{where} --drop noisy")
 
 
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -171,7 +230,7 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
             "its probabilities are not calibrated on known swaps, the default recipe's are"
         ]
     lines = [
-        f"estimated noise rate: {percent(rate['estimate'])} ({rate['level']:.0%} interval {interval}, "
+        f"estimated noise rate: {percent(rate['estimate'])} ({100 * rate['level']:.0f} % interval {interval}, "
         "errors harder than random mismatches are not counted)"
     ]
     if rate["expected_auroc"] is not None:
@@ -187,63 +246,103 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def show_rows(rows: Sequence[ReportRow], summary: Mapping[str, Any]) -> None:
-    """The pairs as a table, worst first, to stdout."""
-    from nc_audit.report.text import plain
+    """The pairs, worst first, to stdout: a table, or one below the other where a table would be narrow or crooked."""
 
     console = out()
-    narrow = console.width < 100
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=not narrow)
+    texts = [one for row in rows for one in (row.image or "", _caption(row), *row.reasons)]
+    if console.width < _TABLE_WIDTH or not all(map(_is_steady, texts)):
+        for row in rows:
+            console.print(_head(row))
+            _show_words(console, row, "  ")
+    else:
+        console.print(_rows_table(rows, console.width))
+    tags = ", ".join(f"{count:,} {tag}" for tag, count in summary["tags"].items())
+    _note(Text(f"{len(rows):,} of {summary['pairs']:,} distinct pairs shown; rows by tag: {tags}", "dim"))
+
+
+def _rows_table(rows: Sequence[ReportRow], width: int) -> Table:
+    from nc_audit.report.text import plain
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
     table.add_column("row", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("tag", no_wrap=True)
-    table.add_column("image", overflow="fold", ratio=2)
+    table.add_column("image", overflow="fold", max_width=width // 4)
     table.add_column("caption", overflow="fold", ratio=4)
     table.add_column("reasons", overflow="fold", ratio=6)
     for row in rows:
-        p = "" if row.noise_probability is None else f"{row.noise_probability:.2f}"
         tag = row.tag or "-"
-        copies = f" (x{row.copies})" if row.copies > 1 else ""
         table.add_row(
             f"{row.row}",
-            p,
+            "" if row.noise_probability is None else f"{row.noise_probability:.2f}",
             Text(tag, _TAG_STYLES.get(tag, "")),
             Text(plain(row.image or "")),
-            Text(plain(row.caption or "") + copies),
+            Text(_caption(row)),
             Text("; ".join(plain(reason) for reason in row.reasons)),
         )
-    console.print(table)
-    tags = ", ".join(f"{count:,} {tag}" for tag, count in summary["tags"].items())
-    err.print(Text(f"{len(rows):,} of {summary['pairs']:,} distinct pairs shown; rows by tag: {tags}", "dim"))
+    return table
+
+
+def _head(row: ReportRow) -> Text:
+    """Tag, probability, row and image of a pair."""
+    from nc_audit.report.text import plain
+
+    tag = row.tag or "-"
+    p = "" if row.noise_probability is None else f" p {row.noise_probability:.2f}"
+    return Text.assemble((tag, _TAG_STYLES.get(tag, "")), f"{p} row {row.row} {plain(row.image or '')}")
+
+
+def _caption(row: ReportRow) -> str:
+    from nc_audit.report.text import plain
+
+    return plain(row.caption or "") + (f" (x{row.copies})" if row.copies > 1 else "")
+
+
+def _show_words(console: Console, row: ReportRow, indent: str) -> None:
+    """Caption and reasons of a pair, and an empty line."""
+    from nc_audit.report.text import plain
+
+    _hanging(console, indent, Text(_caption(row)))
+    for reason in row.reasons:
+        _hanging(console, f"{indent}- ", Text(plain(reason), "dim"))
+    console.print()
 
 
 def show_thumbnails(rows: Sequence[ReportRow], images: ImageStore) -> None:
-    """Each pair as a picture of half blocks with its words below, to stdout; the words alone without colours."""
+    """Each pair as a picture with its words below, to stdout; the words alone without colours."""
     from nc_audit.errors import DatasetError
+    from nc_audit.report.terminal import Screen, ask_terminal, screen_of
     from nc_audit.report.text import plain
-    from nc_audit.report.thumbnails import half_blocks
 
     console = out()
+    screen: Screen | None = None
+    if console.color_system and not console.no_color:
+        screen = screen_of(os.environ, ask_terminal) if sys.stdout.isatty() else Screen("blocks")
     for row in rows:
-        p = "" if row.noise_probability is None else f" p {row.noise_probability:.2f}"
-        tag = row.tag or "-"
-        console.print(
-            Text(tag, _TAG_STYLES.get(tag, "")) + Text(f"{p} row {row.row} {plain(row.image or '')}")
-        )
-        if row.image_uri and console.color_system and not console.no_color:
+        console.print(_head(row))
+        if row.image_uri and screen:
             try:
-                cells = half_blocks(images.read(row.image_uri), min(24, console.width))
+                _show_picture(console, images.read(row.image_uri), screen)
             except (DatasetError, OSError) as problem:
                 console.print(Text(f"no picture: {plain(str(problem))}", "dim"))
-            else:
-                for line in cells:
-                    shown = Text(no_wrap=True)
-                    for upper, lower in line:
-                        shown.append("\u2580", f"{upper} on {lower}")
-                    console.print(shown)
-        console.print(Text(plain(row.caption or "")))
-        for reason in row.reasons:
-            console.print(Text(f"- {plain(reason)}", "dim"))
-        console.print()
+        _show_words(console, row, "")
+
+
+def _show_picture(console: Console, data: bytes, screen: Screen) -> None:
+    from nc_audit.report.terminal import kitty, sixel
+    from nc_audit.report.thumbnails import half_blocks
+
+    columns = min(24, console.width)
+    if screen.form == "blocks":
+        for line in half_blocks(data, columns):
+            shown = Text(no_wrap=True)
+            for upper, lower in line:
+                shown.append("\u2580", f"{upper} on {lower}")
+            console.print(shown)
+    else:
+        print_data(
+            kitty(data, columns) if screen.form == "kitty" else sixel(data, columns, screen.cell_width)
+        )
 
 
 def show_large_page(size: int) -> None:
@@ -252,7 +351,7 @@ def show_large_page(size: int) -> None:
     Args:
         size: of the page, in bytes.
     """
-    err.print(
+    _note(
         Text(
             f"! the page is {size / 1e6:,.0f} MB; --thumbnails puts its pictures into files beside it",
             "yellow",
@@ -278,9 +377,7 @@ def show_address(url: str, num_pairs: int, *, json: bool) -> None:
     else:
         print_data(text)
         sys.stdout.flush()
-    err.print(
-        Text("every decision is saved at once; Finish in the page, or Ctrl-C here, ends the review", "dim")
-    )
+    _note(Text("every decision is saved at once; Finish in the page, or Ctrl-C here, ends the review", "dim"))
 
 
 def show_review(facts: Mapping[str, Any]) -> None:
@@ -295,8 +392,11 @@ def show_review(facts: Mapping[str, Any]) -> None:
             ["reviewer", *names],
             [[name, *(f"{counts.get(one, 0):,}" for one in names)] for name, counts in reviewers.items()],
         )
-    pairs = "pair" if facts["decided"] == 1 else "pairs"
-    console.print(Text(f"{facts['decided']:,} {pairs} decided by people; their word wins over the tags"))
+    console.print(
+        Text(
+            f"{facts['decided']:,} {_pairs(facts['decided'])} decided by people; their word wins over the tags"
+        )
+    )
     if facts["num_conflicts"]:
         shown = ", ".join(plain(one) for one in facts["conflicts"][:5])
         more = ", ..." if facts["num_conflicts"] > 5 else ""
@@ -304,7 +404,7 @@ def show_review(facts: Mapping[str, Any]) -> None:
     if facts["num_torn"]:
         console.print(Text(f"{facts['num_torn']:,} torn lines of decisions.jsonl were passed over", "yellow"))
     for line in facts["statement"]:
-        console.print(Text(line))
+        _hanging(console, "", Text(line))
     if not facts["statement"]:
         err.print(Text("next: nc-audit review --sample 150 measures the tags", "dim"))
 
@@ -381,16 +481,20 @@ def show_diff(difference: Difference, top: int) -> None:
         because = f"  ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
         return plain(f"{verdict.tag}{told}{because}")
 
-    console.print(Text(f"{len(difference.changes):,} pairs changed tag"))
+    def pair(verdict: Verdict) -> None:
+        text = f"{plain(verdict.image or '')}  {plain(verdict.caption or '')}"
+        _hanging(console, f"  row {verdict.row:,}  ", Text(text))
+
+    console.print(Text(f"{len(difference.changes):,} {_pairs(len(difference.changes))} changed tag"))
     for change in difference.changes[:top]:
         after = change.after
-        console.print(Text(f"  row {after.row:,}  {plain(after.image or '')}  {plain(after.caption or '')}"))
-        console.print(Text(f"    was {line(change.before)}"))
-        console.print(Text(f"    now {line(after)}"))
+        pair(after)
+        _hanging(console, "    was ", Text(line(change.before)))
+        _hanging(console, "    now ", Text(line(after)))
     for name, only in (("first", difference.only_a), ("second", difference.only_b)):
-        console.print(Text(f"{len(only):,} pairs in the {name} run only"))
+        console.print(Text(f"{len(only):,} {_pairs(len(only))} in the {name} run only"))
         for _, one in only[:top]:
-            console.print(Text(f"  row {one.row:,}  {plain(one.image or '')}  {plain(one.caption or '')}"))
+            pair(one)
 
 
 def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:
@@ -433,8 +537,9 @@ def show_listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from nc_audit.report.text import plain
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for at, name in enumerate(header):
+        is_number = bool(rows) and all(_NUMBER.fullmatch(row[at]) for row in rows)
+        table.add_column(name, overflow="fold", justify="right" if is_number and at else "left")
     for row in rows:
         table.add_row(*(Text(plain(cell)) for cell in row))
     out().print(table)

@@ -44,14 +44,20 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A partial path to write to; on success flushed and renamed to `path`, on failure removed."""
+def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
+    """A partial path to write to; on success flushed and renamed to `path`, on failure removed.
+
+    Args:
+        path: the file.
+        flushed: wait until the disk holds it; not worth the wait for thousands of files that are easily made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
+        if flushed:
+            with partial.open("rb") as handle:
+                os.fsync(handle.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

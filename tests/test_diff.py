@@ -51,9 +51,9 @@ def test_the_whole_output(runs: tuple[Run, Run]) -> None:
         "row 1 images/3.png a boat",
         "was clean 0.12",
         "now noisy 0.88 (8 other captions fit the image better)",
-        "1 pairs in the first run only",
+        "1 pair in the first run only",
         "row 2 images/1.png only before",
-        "1 pairs in the second run only",
+        "1 pair in the second run only",
         "row 2 images/2.png only [red]after[/red]\\x1b[31m",
     ]
 

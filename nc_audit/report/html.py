@@ -123,7 +123,7 @@ def write_page(page: Page, run: Run, out: Path | None) -> Path:
             raise DatasetError(f"{folder} holds other things than a report", "name a new folder: --out DIR")
         target = folder / "index.html"
         for name, data in page.files.items():
-            with replacing(folder / name) as partial:
+            with replacing(folder / name, flushed=False) as partial:
                 partial.write_bytes(data)
     with replacing(target) as partial:
         partial.write_text(page.html, encoding="utf-8")
@@ -155,7 +155,6 @@ def _about(run: Run, facts: dict[str, Any], num_copies: int) -> list[tuple[str, 
     encoders = stated.get("encoders") or {}
     thresholds = stated.get("thresholds") or {}
     auroc = rate.get("expected_auroc")
-    noisy_at = thresholds.get("noisy_at")
     values = {
         "Estimated noise rate": _rate(rate),
         "Copies": f"{counted(num_copies, 'row')} that repeat an earlier pair" if num_copies else None,
@@ -164,8 +163,11 @@ def _about(run: Run, facts: dict[str, Any], num_copies: int) -> list[tuple[str, 
         "Recipe": (run.manifest.get("recipe") or {}).get("name"),
         "Image encoder": encoders.get("image"),
         "Text encoder": encoders.get("text"),
-        "Clean up to": _probability(thresholds.get("clean_at")),
-        "Noisy from": _probability(noisy_at) if noisy_at is not None else None,
+        "Noise probability": ", ".join(
+            f"{word} {thresholds[name]:.3g}"
+            for word, name in (("clean up to", "clean_at"), ("noisy from", "noisy_at"))
+            if thresholds.get(name) is not None
+        ),
     }
     return [(name, plain(str(value))) for name, value in values.items() if value]
 
@@ -174,10 +176,6 @@ def _rate(rate: Mapping[str, Any]) -> str:
     if rate.get("evidence") == "none" or not noise_rate_text(rate):
         return "cannot be told: the scores of this run do not say how many pairs are wrong"
     return noise_rate_text(rate)
-
-
-def _probability(value: float | None) -> str | None:
-    return None if value is None else f"probability {value:.3g}"
 
 
 def _finding(finding: Any) -> dict[str, str]:
@@ -355,7 +353,8 @@ def _gallery(
     made = thumbnails([uris[at] for at in images.reading_order(uris)], images.read)
     shown = [uri for uri in uris if uri in made]
     place = {uri: index for index, uri in enumerate(shown)}
-    names = [f"thumbnails/{index:06d}.webp" for index in range(len(shown))]
+    # Named by content: a page that was left behind when a later one was broken off shows no other pair's picture.
+    names = [f"thumbnails/{hashlib.blake2b(made[uri], digest_size=10).hexdigest()}.webp" for uri in shown]
     beside = {name: made[uri] for name, uri in zip(names, shown, strict=True)} if as_files else {}
     kinds = Counter(kind for row in rows for kind in {reason_kind(one) for one in row.reasons})
     entries = [

@@ -235,4 +235,5 @@ def figures_json(found: Figures) -> dict[str, Any]:
 def _words(share: Share) -> str:
     if math.isnan(share.estimate):
         return "unknown"
-    return f"{100 * share.estimate:.1f} % ({LEVEL:.0%} interval {100 * share.low:.1f} % to {100 * share.high:.1f} %)"
+    interval = f"{100 * LEVEL:.0f} % interval {100 * share.low:.1f} % to {100 * share.high:.1f} %"
+    return f"{100 * share.estimate:.1f} % ({interval})"

@@ -50,7 +50,9 @@ def export_decisions(
 
     csv and jsonl hold the standing decision of every reviewer, in the order they were taken; `stands` marks the one
     that counts. labelstudio (a JSON list of tasks) and argilla (json lines for `dataset.records.log`) hold every ok
-    pair of the tags, worst first, with what the model suggests and what was decided.
+    pair of the tags, worst first, with what the model suggests and, in Label Studio, what was decided. Both forms were
+    checked with their makers' own packages: label-studio-sdk 2 (tasks, predictions, annotations against a labelling
+    interface) and argilla 2.8 (records, their fields, metadata and suggestions).
 
     Args:
         run: a run that is scored and tagged.
@@ -90,14 +92,15 @@ def export_decisions(
 
 
 def import_decisions(run: Run, path: Path, *, reviewer: str) -> dict[str, Any]:
-    """Add the decisions of a csv or jsonl file to a run.
+    """Add the decisions of a csv or jsonl file, or of Label Studio's JSON export, to a run.
 
     Each names its pair by `pair_id` or by `row` (0-based position in the input) and gives `decision` (keep, drop, fix
     or rematch), `caption` (the new one; for fix and rematch only), and perhaps `reviewer` and `time` (ISO 8601).
+    Of Label Studio's tasks, every annotation that was not cancelled and holds a decision counts, see `_annotated`.
 
     Args:
         run: the run.
-        path: the file, UTF-8.
+        path: the file, UTF-8; Label Studio's as `*.json`.
         reviewer: who decided where a line does not say.
 
     Returns:
@@ -114,13 +117,14 @@ def import_decisions(run: Run, path: Path, *, reviewer: str) -> dict[str, Any]:
     entries: list[Entry] = []
     unknown: list[str] = []
     problems: list[str] = []
+    unit = "task" if path.suffix.lower() == ".json" else "line"
     for number, line in _read(path):
         try:
             entries.append(_entry(line, rows, known, reviewer))
         except KeyError as problem:
             unknown.append(str(problem.args[0]))
         except AuditError as problem:
-            problems.append(f"line {number:,}: {problem.message}")
+            problems.append(f"{unit} {number:,}: {problem.message}")
     if unknown:
         named = ", ".join(plain(one)[:80] for one in unknown[:_SHOWN]) + (
             ", ..." if len(unknown) > _SHOWN else ""
@@ -219,12 +223,15 @@ def _time(text: str) -> str:
 
 
 def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file with their numbers."""
+    """The lines of a file, or the annotations of its tasks, with the number of the line or task."""
     kind = path.suffix.lower()
-    if kind not in (".csv", ".jsonl", ".ndjson"):
-        raise DatasetError(f"{path.name}: decisions are read from csv and jsonl", "name it *.csv or *.jsonl")
+    if kind not in (".csv", ".jsonl", ".ndjson", ".json"):
+        raise DatasetError(
+            f"{path.name}: decisions are read from csv, jsonl and Label Studio's json",
+            "name it *.csv, *.jsonl or *.json",
+        )
     if not path.is_file():
-        raise DatasetError(f"there is no file {path}", "give a csv or jsonl file")
+        raise DatasetError(f"there is no file {path}", "give a csv, jsonl or json file")
     number = 0
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -240,6 +247,14 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 number = reader.line_num
                 yield number, {name: _uncell(value) for name, value in line.items() if isinstance(value, str)}
             return
+        if kind == ".json":
+            tasks = json.loads(text)
+            if not isinstance(tasks, list):
+                raise ValueError("no JSON list of tasks")
+            for number, task in enumerate(tasks, 1):
+                for line in _annotated(task):
+                    yield number, line
+            return
         for number, one in enumerate(text.split("\n"), 1):
             if one.strip():
                 value = json.loads(one)
@@ -250,10 +265,62 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if isinstance(problem, DatasetError):
             raise
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        unit = "task" if kind == ".json" else "line"
         raise DatasetError(
-            f"{path.name}: line {max(1, number):,} cannot be read: {plain(reason)}",
+            f"{path.name}: {unit} {max(1, number):,} cannot be read: {plain(reason)}",
             "nothing was imported; mend the file",
         ) from problem
+
+
+def _annotated(task: Any) -> Iterator[dict[str, Any]]:
+    """The decisions of a task of Label Studio's JSON export as lines.
+
+    The choice called `decision` decides, the text area called `new_caption` gives the new caption; a re-match without
+    one takes the `better_caption` of the task. Who decided is the e-mail address of the annotator, or
+    "Label Studio user N" where the export has only the number, or the `reviewer` of a task that was never there.
+
+    Raises:
+        ValueError: the task has not this form, or an annotation holds several decisions or captions.
+    """
+    data = task.get("data") if isinstance(task, dict) else None
+    annotations = task.get("annotations", []) if isinstance(task, dict) else None
+    if not isinstance(data, dict) or not isinstance(annotations, list):
+        raise ValueError("no task with data and annotations; export as JSON, not JSON-MIN")
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("result"), list):
+            raise ValueError("an annotation without a result")
+        if annotation.get("was_cancelled"):
+            continue
+        decision = _said(annotation["result"], "decision", "choices")
+        if decision is None:
+            continue
+        caption = _said(annotation["result"], "new_caption", "text")
+        if decision == "rematch" and caption is None:
+            caption = data.get("better_caption")
+        who = annotation.get("completed_by")
+        name = data.get("reviewer")
+        if who is not None:
+            name = who.get("email") if isinstance(who, dict) else f"Label Studio user {who}"
+        yield {
+            "pair_id": data.get("pair_id"),
+            "decision": decision,
+            "caption": caption if decision in ("fix", "rematch") else None,
+            "reviewer": name,
+            "time": annotation.get("updated_at") or annotation.get("created_at"),
+        }
+
+
+def _said(result: list[Any], name: str, kind: str) -> Any:
+    """The one value that a control of this name was given, or None."""
+    values: list[Any] = []
+    for one in result:
+        if isinstance(one, dict) and one.get("from_name") == name:
+            value = one.get("value")
+            given = value.get(kind) if isinstance(value, dict) else None
+            values += given if isinstance(given, list) else [given]
+    if len(values) > 1:
+        raise ValueError(f"{name} has {len(values)} values in one annotation")
+    return values[0] if values else None
 
 
 def _uncell(value: str) -> str:

@@ -78,8 +78,23 @@ def test_an_image_that_is_gone_leaves_its_pair(run, tmp_path):
 def test_files_beside_the_page(run, tmp_path):
     page = page_of(run, as_files=True)
     assert write_page(page, run, tmp_path / "out") == tmp_path / "out" / "index.html"
-    assert len(list((tmp_path / "out" / "thumbnails").iterdir())) == 60
+    pictures = data_of(page.html)["pictures"]
+    assert len(pictures) == 60
+    written = {
+        path.relative_to(tmp_path / "out").as_posix(): path.read_bytes()
+        for path in (tmp_path / "out" / "thumbnails").iterdir()
+    }
+    assert written == {name: page.files[name] for name in pictures}
     assert "data:image" not in page.html
+
+
+def test_files_beside_the_page_keep_their_names_from_page_to_page(run):
+    whole = page_of(run, as_files=True).files
+    some = html_report(
+        run, report_rows(run, top=7), ImageStore(run.manifest["dataset"]["roots"]), as_files=True
+    ).files
+    assert some
+    assert some.items() <= whole.items()
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):

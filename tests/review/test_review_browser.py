@@ -174,6 +174,35 @@ def test_two_reviewers_disagree_and_it_shows(tmp_path, page):
         expect(page, "#who", "bob")
 
 
+@pytest.mark.slow
+def test_two_reviewers_at_once_lose_nothing_of_each_other(tmp_path, browser):
+    run = run_of(tmp_path / "run")
+    with served(review_of(run)) as server:
+        contexts = [browser.new_context(), browser.new_context()]
+        ann, bob = (context.new_page() for context in contexts)
+        for page in (ann, bob):
+            page.goto(server.url)
+            expect(page, "#caption", "caption number 0")
+        bob.locator("#who").click()
+        bob.locator("#reviewer").fill("bob")
+        bob.locator("#naming .main").click()
+        expect(bob, "#who", "bob")
+        for number in range(1, 7):
+            for page, key in ((ann, "k"), (bob, "d" if number % 2 else "k")):
+                page.keyboard.press(key)
+                expect(page, "#count", f"{number} of 6 decided")
+        for page in (ann, bob):
+            expect(page, "#done-title", "All 6 pairs are decided")
+            page.locator("#view").select_option("conflicts")
+            expect(page, "#view option[value=conflicts]", "conflicts (3)")
+            expect(page, "#conflict", re.compile("^Reviewers disagree. "))
+        for context in contexts:
+            context.close()
+    lines = lines_of(run)
+    assert [one["decision"] for one in lines if one["reviewer"] == "ann"] == ["keep"] * 6
+    assert [one["decision"] for one in lines if one["reviewer"] == "bob"] == ["drop", "keep"] * 3
+
+
 @contextmanager
 def command(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     arguments = [
@@ -231,15 +260,15 @@ def test_a_killed_server_loses_nothing_and_the_next_one_goes_on(tmp_path, page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("look", ["light", "dark", "phone"])
-def test_no_serious_fault_of_accessibility(tmp_path, browser, look):
+@pytest.mark.parametrize("look", ["light", "dark"])
+@pytest.mark.parametrize("is_phone", [False, True])
+def test_no_serious_fault_of_accessibility(tmp_path, browser, look, is_phone):
     axe = pytest.importorskip(
         "axe_core_python", reason="axe-core-python is not installed (the dev extra has it)"
     )
     script = files(axe).joinpath("axe.min.js").read_text(encoding="utf-8")
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-    options = phone if look == "phone" else {"color_scheme": look}
-    context = browser.new_context(**options)
+    context = browser.new_context(color_scheme=look, **(phone if is_phone else {}))
     with served(review_of(run_of(tmp_path / "run"))) as server:
         page = context.new_page()
         page.goto(server.url)
@@ -260,6 +289,9 @@ def test_no_serious_fault_of_accessibility(tmp_path, browser, look):
         page.keyboard.press("Escape")
         page.keyboard.press("?")
         playwright.expect(page.locator("#helping")).to_be_visible()
+        assert not faults()
+        page.keyboard.press("Escape")
+        page.locator("#who").click()
         assert not faults()
         page.keyboard.press("Escape")
         page.locator("#keep").click()

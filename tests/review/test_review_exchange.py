@@ -153,6 +153,112 @@ def test_label_studio_gets_tasks_with_suggestions_and_decisions(tmp_path):
     assert "annotations" not in tasks[3]
 
 
+def studio_of(tasks, decide):
+    """The tasks as Label Studio exports them after annotators decided."""
+    return [
+        {
+            "id": number,
+            "data": task["data"],
+            "predictions": [],
+            "project": 1,
+            "annotations": decide(task["data"]["row"]),
+        }
+        for number, task in enumerate(tasks)
+    ]
+
+
+def annotation(decision, *captions, **more):
+    result = [
+        {
+            "from_name": "decision",
+            "to_name": "image",
+            "type": "choices",
+            "id": "a1",
+            "origin": "manual",
+            "value": {"choices": [decision]},
+        }
+    ]
+    if captions:
+        result.append(
+            {
+                "from_name": "new_caption",
+                "to_name": "image",
+                "type": "textarea",
+                "id": "b2",
+                "value": {"text": list(captions)},
+            }
+        )
+    return {"id": 7, "completed_by": 3, "was_cancelled": False, "updated_at": "2026-11-23T01:02:03.000000Z",
+            "result": result} | more  # fmt: skip
+
+
+def exported(tmp_path, run, decide):
+    export_decisions(run, tmp_path / "tasks.json", form="labelstudio")
+    tasks = studio_of(json.loads((tmp_path / "tasks.json").read_text()), decide)
+    (tmp_path / "done.json").write_text(json.dumps(tasks))
+    return tmp_path / "done.json"
+
+
+def test_tasks_that_never_saw_label_studio_give_back_what_was_decided(tmp_path):
+    run = decided_run(tmp_path / "run")
+    export_decisions(run, tmp_path / "tasks.json", form="labelstudio")
+    other = run_of(tmp_path / "other")
+    assert import_decisions(other, tmp_path / "tasks.json", reviewer="somebody")["imported"] == 3
+    standing = [Journal(one.path).standing(pair_id) for one in (run, other) for pair_id in ids_of()[:3]]
+    facts = [(one["reviewer"], one["decision"], one.get("caption")) for one in standing]
+    assert facts[:3] == facts[3:]
+
+
+def test_what_label_studio_exports_is_imported(tmp_path):
+    run = run_of(tmp_path / "run")
+    decided = {
+        0: [annotation("drop"), annotation("keep", completed_by={"id": 4, "email": "bob@example.org"})],
+        1: [annotation("fix", "the right words")],
+        2: [annotation("rematch"), annotation("keep", was_cancelled=True)],
+        3: [annotation("keep") | {"result": []}],
+    }
+    file = exported(tmp_path, run, lambda row: decided.get(row, []))
+    assert import_decisions(run, file, reviewer="ann")["by_decision"] == {
+        "drop": 1,
+        "keep": 1,
+        "fix": 1,
+        "rematch": 1,
+    }
+    lines = {(one["pair_id"], one["decision"]): one for one in lines_of(run)}
+    ids = ids_of()
+    assert lines[ids[0], "keep"]["reviewer"] == "bob@example.org"
+    assert lines[ids[0], "drop"]["reviewer"] == "Label Studio user 3"
+    assert lines[ids[0], "drop"]["time"] == "2026-11-23T01:02:03.000000Z"
+    assert lines[ids[1], "fix"]["caption"] == "the right words"
+    assert lines[ids[2], "rematch"]["caption"] == "a better caption 2"
+    assert import_decisions(run, file, reviewer="ann") == {"imported": 0, "unchanged": 4, "by_decision": {}}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([annotation("maybe")], "done.json: task 1: decision 'maybe' is none of keep, drop, fix, rematch"),
+        ([annotation("fix")], "done.json: task 1: fix without a caption"),
+        (
+            [annotation("fix", "a", "b")],
+            "done.json: task 1 cannot be read: new_caption has 2 values in one annotation",
+        ),
+        ([{"id": 1}], "done.json: task 1 cannot be read: an annotation without a result"),
+        (
+            None,
+            "done.json: task 1 cannot be read: no task with data and annotations; export as JSON, not JSON-MIN",
+        ),
+    ],
+)
+def test_a_label_studio_file_is_imported_whole_or_not_at_all(tmp_path, made, message):
+    run = run_of(tmp_path / "run")
+    file = exported(tmp_path, run, lambda row: made if row == 0 else [annotation("keep")])
+    with pytest.raises(DatasetError) as caught:
+        import_decisions(run, file, reviewer="ann")
+    assert caught.value.message == message
+    assert not (run.path / "decisions.jsonl").exists()
+
+
 def test_argilla_gets_one_flat_record_a_line(tmp_path):
     run, file = decided_run(tmp_path / "run"), tmp_path / "records.jsonl"
     assert export_decisions(run, file, form="argilla", tags=["noisy", "clean"]) == 4

@@ -296,15 +296,15 @@ def test_the_statement_says_how_little_it_rests_on():
     found = figures(outcomes, {"clean": 9_000, "ambiguous": 0, "noisy": 300}, 120, conflicts=2, in_view=1)
     assert statement(found) == [
         "random sample: 100 of 120 pairs decided, 4 with a wrong caption",
-        "share of wrong captions: 4.0 % (95% interval 1.6 % to 9.8 %)",
-        "precision of noisy: 100.0 % (95% interval 43.9 % to 100.0 %), from 3 of them in the sample",
+        "share of wrong captions: 4.0 % (95 % interval 1.6 % to 9.8 %)",
+        "precision of noisy: 100.0 % (95 % interval 43.9 % to 100.0 %), from 3 of them in the sample",
         statement(found)[3],
         "that is few: a uniform sample holds no more noise than the dataset; a larger one tells more",
         "20 of the sample are not decided; if those are the hard ones, the figures flatter",
         "reviewers disagree about 2 of them; the last decision counts",
         "decided, or turned round, with the tag in view: 1",
     ]
-    assert statement(found)[3].startswith("recall of noisy: 76.4 % (95% interval ")
+    assert statement(found)[3].startswith("recall of noisy: 76.4 % (95 % interval ")
     assert statement(found)[3].endswith(", from 4 wrong captions in the sample")
 
 

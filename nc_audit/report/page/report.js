@@ -55,8 +55,8 @@
     made.append(head);
     const sides = element("div", "sides");
     sides.append(side("Given", pair.thumb, pair.image, pair.caption));
-    if (pair.bestCaption) sides.append(side("Caption that fits better, by " + pair.captionMargin.toFixed(2), pair.thumb, pair.image, pair.bestCaption));
-    if (pair.bestImage) sides.append(side("Image that fits better, by " + pair.imageMargin.toFixed(2), pair.bestThumb, pair.bestImage, pair.caption));
+    if (pair.bestCaption) sides.append(side("Better caption, by " + pair.captionMargin.toFixed(2), pair.thumb, pair.image, pair.bestCaption));
+    if (pair.bestImage) sides.append(side("Better image, by " + pair.imageMargin.toFixed(2), pair.bestThumb, pair.bestImage, pair.caption));
     made.append(sides);
     if (pair.reasons.length) {
       const list = element("ul", "reasons");
