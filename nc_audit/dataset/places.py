@@ -179,7 +179,7 @@ def _tree_of(snapshot: Path) -> list[str]:
         files = json.loads(listing.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    names = [name for name in files if isinstance(name, str) and "\0" not in name] if files else []
+    names = [name for name in files if "\0" not in name] if isinstance(files, dict) else []
     return [
         name for name in names if not name.startswith(".") and not name.lower().endswith((".md", "license"))
     ]
