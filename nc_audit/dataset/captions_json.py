@@ -27,6 +27,8 @@ _USED_OF_CAPTION = {"raw", "caption", "known_noise"}
 def encoding_of(path: Path, notes: list[str]) -> str:
     """The text encoding of a file: by its byte order mark, else UTF-8 when it is valid, else Windows-1252 or Latin-1.
 
+    UTF-16 without a mark is known by the zero beside every byte of its first letters.
+
     Reads the file once, in chunks, so that it decodes without an error afterwards. A file that is not Unicode is
     noted.
 
@@ -34,12 +36,22 @@ def encoding_of(path: Path, notes: list[str]) -> str:
         DatasetError: the byte order mark promises what the rest does not hold.
     """
     with path.open("rb") as handle:
-        start = handle.read(4)
+        start = handle.read(32)
     for mark, encoding in _BOMS:
         if start.startswith(mark):
             if not _decodes(path, encoding):
                 message = f"{path.name} begins as {encoding.upper()} text and goes on as something else"
                 raise DatasetError(message, "write it as UTF-8")
+            return encoding
+    for encoding, zeros, letters in (("utf-16-le", 1, 0), ("utf-16-be", 0, 1)):
+        # Valid UTF-8 as well, if one takes the zeros for letters.
+        if (
+            len(start) >= 16
+            and not any(start[zeros::2])
+            and all(start[letters::2])
+            and _decodes(path, encoding)
+        ):
+            notes.append(f"{path.name} is read as {encoding.upper()}, which it does not say itself")
             return encoding
     if _decodes(path, "utf-8"):
         return "utf-8"

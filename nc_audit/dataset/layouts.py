@@ -97,6 +97,8 @@ def recognise(path: Path, options: LoadOptions) -> Plan:
         raise DatasetError(f"{path} does not exist", hint)
     if path.is_dir():
         return _recognise_folder(path, options)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DatasetError(f"{path} is neither a file nor a folder", "write it to a file first")
     file = _sniff(path, path.name, options)
     if file is None:
         raise DatasetError(f"{path} states no image-caption pairs in a known form", _UNDERSTOOD)
