@@ -69,6 +69,7 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
+_MAX_LINES = 1 << 17  # of one row; more, and the rest of a large file would be taken for a caption
 _COUNTED = {
     "short": ("row", "with fewer cells than its header"),
     "rejoined": (
@@ -246,6 +247,8 @@ class _Lines:
 
     def __next__(self) -> str:
         line = next(self._lines)
+        if len(self.record) >= _MAX_LINES:
+            raise csv.Error(f"a quote opened {len(self.record):,} lines above is never closed")
         self.record.append(line)
         return line
 

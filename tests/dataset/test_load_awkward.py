@@ -319,3 +319,23 @@ def test_folders_within_folders_and_a_loop_of_folders_end(tmp_path):
     start = time.monotonic()
     assert column(load(tmp_path), "status") == [OK, OK]
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.jsonl", "metadata.csv"])
+def test_a_table_of_one_endless_line_is_not_read(tmp_path, name):
+    with (tmp_path / name).open("wb") as handle:
+        handle.truncate(10 << 30)
+    before, start = memory(), time.monotonic()
+    with pytest.raises(DatasetError) as error:
+        load(tmp_path)
+    assert error.value.message == f"{name} is not a table: its first line has more than 16,777,216 bytes"
+    assert time.monotonic() - start < 5
+    assert memory() - before < 200 << 20
+
+
+def test_a_quote_that_swallows_a_large_file_is_told_before_it_has(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "p.csv").write_bytes(b'image,caption\na.png,x\na.png,"y\n' + b"a.png,z\n" * 140_000)
+    with pytest.raises(DatasetError) as error:
+        load(tmp_path)
+    assert error.value.message == "p.csv line 131,075: a quote opened 131,072 lines above is never closed"
