@@ -23,6 +23,8 @@ _CHUNK = 1 << 20
 _USED_OF_IMAGE = {"filename", "file_name", "filepath", "split", "known_noise"}
 _USED_OF_CAPTION = {"raw", "caption", "known_noise"}
 
+MAX_JSON = 2 << 30
+
 
 def encoding_of(path: Path, notes: list[str]) -> str:
     """The text encoding of a file: by its byte order mark, else UTF-8 when it is valid, else Windows-1252 or Latin-1.
@@ -125,8 +127,20 @@ def read_json(path: Path, notes: list[str]) -> Any:
     """The value of a json file.
 
     Raises:
-        DatasetError: the file is not json, is nested too deeply, or is not text.
+        DatasetError: the file is not json, is nested too deeply, is not text, or is too large to be read whole.
     """
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise DatasetError(
+            f"{path.name} has {size:,} bytes; json is read whole, up to {MAX_JSON:,}",
+            "write it as jsonl or Parquet",
+        )
+    with path.open("rb") as handle:
+        start = handle.read(1 << 16)
+    if len(start) == 1 << 16 and not start.strip(b"\0 \t\r\n"):
+        raise DatasetError(
+            f"{path.name} is not json: it begins with {len(start):,} empty bytes", "replace it"
+        )
     return parse_json(path.read_text(encoding=encoding_of(path, notes)), path.name)
 
 

@@ -339,3 +339,20 @@ def test_a_quote_that_swallows_a_large_file_is_told_before_it_has(tmp_path):
     with pytest.raises(DatasetError) as error:
         load(tmp_path)
     assert error.value.message == "p.csv line 131,075: a quote opened 131,072 lines above is never closed"
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (10 << 30, "p.json has 10,737,418,240 bytes; json is read whole, up to 2,147,483,648"),
+        (1 << 30, "p.json is not json: it begins with 65,536 empty bytes"),
+    ],
+)
+def test_json_that_would_fill_memory_is_not_read(tmp_path, size, message):
+    with (tmp_path / "p.json").open("wb") as handle:
+        handle.truncate(size)
+    before = memory()
+    with pytest.raises(DatasetError) as error:
+        load(tmp_path)
+    assert error.value.message == message
+    assert memory() - before < 200 << 20
