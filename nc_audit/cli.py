@@ -62,6 +62,13 @@ LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="T
 ImageRootOption = Annotated[
     Path | None, typer.Option("--image-root", metavar="DIR", help="Folder with the images.")
 ]
+AllowNetworkOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-network",
+        help="Fetch a dataset of the hub or a bucket, and images given by http or https URL.",
+    ),
+]
 ImageColumnOption = Annotated[
     str | None, typer.Option("--image-column", metavar="NAME", help="Column with the image.")
 ]
@@ -163,7 +170,7 @@ def score(
         str,
         typer.Argument(
             metavar="DATASET",
-            help="Folder or file with captions and images, a pattern of files, or hf:OWNER/NAME.",
+            help="Folder or file with captions and images, a pattern of files, hf:OWNER/NAME, or s3://BUCKET/PATH.",
         ),
     ],
     out: Annotated[
@@ -186,9 +193,7 @@ def score(
             "--trusted", metavar="FILE", help="Pairs known to be right: csv, jsonl or Parquet (recipe chnr)."
         ),
     ] = None,
-    allow_network: Annotated[
-        bool, typer.Option("--allow-network", help="Fetch images that are given by http or https URL.")
-    ] = False,
+    allow_network: AllowNetworkOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     seed: Annotated[
@@ -222,9 +227,13 @@ def score(
         "train": {"seed": seed},
     }
     built = build_recipe(recipe or (), set_ or (), settings)
-    place = find_dataset(dataset)
-    run = out or RUNS / place.name
     with console.Watch(quiet=json) as watch:
+        place = find_dataset(
+            dataset,
+            allow_network=built.dataset.allow_network,
+            progress=lambda done, total: watch.progress("fetch", done, total),
+        )
+        run = out or RUNS / place.name
         for note in place.notes:
             watch.note(note)
         summary = score_dataset(
@@ -601,7 +610,10 @@ def _until_stopped(serve: Callable[[], None]) -> None:
 def bench(
     dataset: Annotated[
         str,
-        typer.Argument(metavar="DATASET", help="Folder, file, pattern or hf:OWNER/NAME, taken as clean."),
+        typer.Argument(
+            metavar="DATASET",
+            help="Folder, file, pattern, hf:OWNER/NAME or s3://BUCKET/PATH, taken as clean.",
+        ),
     ],
     kinds: Annotated[
         str,
@@ -651,6 +663,7 @@ def bench(
     split: SplitOption = None,
     limit: LimitOption = None,
     image_root: ImageRootOption = None,
+    allow_network: AllowNetworkOption = False,
     set_: SetOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -671,11 +684,17 @@ def bench(
     from nc_audit import console
     from nc_audit.bench.runner import Grid, bench_dataset
     from nc_audit.dataset import find_dataset
+    from nc_audit.recipe import build_recipe
 
     if format not in ("table", "md", "long"):
         raise DatasetError(f"unknown table format {format!r}", "table, md or long")
     settings = {
-        "dataset": {"image_root": _path(image_root), "split": split, "limit": limit},
+        "dataset": {
+            "image_root": _path(image_root),
+            "split": split,
+            "limit": limit,
+            "allow_network": allow_network or None,
+        },
         **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, None),
     }
     grid = Grid(
@@ -687,8 +706,15 @@ def bench(
         with_downstream=downstream,
         trusted_share=trusted_share,
     )
-    place = find_dataset(dataset)
+    built = build_recipe(recipe or (), set_ or (), settings)
     with console.Watch(quiet=json) as watch:
+        place = find_dataset(
+            dataset,
+            allow_network=built.dataset.allow_network,
+            progress=lambda done, total: watch.progress("fetch", done, total),
+        )
+        for note in place.notes:
+            watch.note(note)
         results = bench_dataset(
             place.path,
             out or Path("bench") / place.name,

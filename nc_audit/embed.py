@@ -162,7 +162,7 @@ class Embeddings:
         caption_ids: of the rows of `caption`.
         caption: shape [C, D'] float32.
         failures: why an image could not be decoded, by its id.
-        num_cut: captions of which the encoder reads only the beginning.
+        is_cut: of each caption whether the encoder reads only its beginning.
         logit_scale: of aligned encoders, else None.
         image_encoder: that made `image`.
         text_encoder: that made `caption`.
@@ -173,7 +173,7 @@ class Embeddings:
     caption_ids: list[str]
     caption: Tensor
     failures: dict[str, str]
-    num_cut: int
+    is_cut: list[bool]
     logit_scale: float | None
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
@@ -232,7 +232,7 @@ def embed_all(
         caption_ids,
         torch.from_numpy(caption),
         failures,
-        sum(text_encoder.truncated(captions)),
+        text_encoder.truncated(captions),
         encoders.logit_scale,
         image_encoder,
         text_encoder,

@@ -42,6 +42,19 @@ _FILE = re.compile(
     r"\S*\.(?:jpe?g|png|gif|tiff?|webp|bmp|avif|svg|pdf|txt)|(?:img|dsc|dscn|image|photo)[_-]?\d+",
     re.IGNORECASE,
 )
+FEW_LANGUAGES = 20  # captions of a known language at least, to say which one is usual
+_SMALL_WORDS = {
+    name: frozenset(words.split())
+    for name, words in {
+        "English": "a an the and with of is are in on at there this that by from its to near next two some many",
+        "German": "der die das dem den des ein eine einem einer einen und mit ist sind in im auf von neben zwei viele",
+        "French": "le la les un une des du de et avec est sont dans sur au aux en près deux plusieurs qui il",
+        "Spanish": "el la los las un una unos unas de del y con es son está están en sobre junto al hay dos muchos",
+        "Italian": "il lo la gli le un una di del della dei e con è sono nel nella in su sul sulla al due molti che",
+        "Portuguese": "o a os as um uma de do da dos das e com é são está em no na sobre ao dois muitos que",
+        "Dutch": "de het een van en met is zijn in op bij naast aan voor twee veel er",
+    }.items()
+}
 _UNSPACED = {"CJK", "THAI", "LAO", "KHMER", "MYANMAR"}
 _ONE_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HALFWIDTH": "CJK", "FULLWIDTH": "LATIN"}
 
@@ -99,6 +112,7 @@ def find_all(
     vectors: Vectors,
     image_rank: np.ndarray,
     read_hash: Callable[[int], int | None],
+    is_cut: Sequence[bool] = (),
 ) -> Found:
     """Every finding about a dataset.
 
@@ -107,6 +121,7 @@ def find_all(
         vectors: embeddings and head vectors of what is audited.
         image_rank: rank of each row's image among all for its caption, 1 = best, shape [N]; 0 where not ok.
         read_hash: `dhash` of a distinct image by its index, None where it cannot be read.
+        is_cut: of each distinct caption whether the encoder reads only its beginning, [C]; empty: of none.
     """
     found = Found()
     names = pairs["image"].to_pylist()
@@ -115,6 +130,9 @@ def find_all(
     duplicates(found, vectors, names, splits, near)
     crowded(found, vectors)
     written(found, pairs)
+    for row, caption in enumerate(vectors.row_caption.tolist()):
+        if is_cut and caption >= 0 and is_cut[caption]:
+            found.add("cut_caption", row, "caption is longer than the encoder reads")
     generic(found, vectors, image_rank)
     own_disagreement(found, vectors)
     shifted = block_shifts(found, vectors, pairs["source"].to_pylist())
@@ -318,7 +336,7 @@ def script_of(caption: str) -> str | None:
 
 
 def written(found: Found, pairs: pa.Table) -> None:
-    """Captions that are empty, one word, a file name or URL, or in another script than the rest."""
+    """Captions that are empty, one word, a file name or URL, or in another script or language than the rest."""
     captions, statuses = pairs["caption"].to_pylist(), pairs["status"].to_pylist()
     scripts: list[str | None] = []
     for row, (caption, status) in enumerate(zip(captions, statuses, strict=True)):
@@ -346,6 +364,39 @@ def written(found: Found, pairs: pa.Table) -> None:
             found.add(
                 "other_script", row, f"caption is in {script.title()}, {num:,} others are in {usual.title()}"
             )
+    if usual == "LATIN":
+        _other_languages(found, captions)
+
+
+def _other_languages(found: Found, captions: Sequence[str | None]) -> None:
+    """Captions whose small words are of another language than those of nearly all others, and none of theirs."""
+    languages = [language_of(caption or "") for caption in captions]
+    counts = Counter(one for one in languages if one)
+    if sum(counts.values()) < FEW_LANGUAGES:
+        return
+    usual, num = counts.most_common(1)[0]
+    if num < 0.8 * sum(counts.values()):
+        return
+    for row, (language, caption) in enumerate(zip(languages, captions, strict=True)):
+        if language and language != usual and not _SMALL_WORDS[usual].intersection(_words(caption or "")):
+            found.add("other_script", row, f"caption is in {language}, {num:,} others are in {usual}")
+
+
+def language_of(caption: str) -> str | None:
+    """The language whose small words a caption holds most of, two or more; None where that is not clear.
+
+    Example:
+        >>> language_of("zwei Flugzeuge auf dem Rollfeld"), language_of("a plane on the runway"), language_of("la casa")
+        ('German', 'English', None)
+    """
+    words = _words(caption)
+    hits = {name: sum(word in known for word in words) for name, known in _SMALL_WORDS.items()}
+    first, second = sorted(hits, key=lambda name: -hits[name])[:2]
+    return first if hits[first] >= 2 and hits[first] > hits[second] else None
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption[:2000].casefold())
 
 
 STATUS_WORDS = {"empty_caption": "caption is empty", "missing_caption": "caption is missing"}

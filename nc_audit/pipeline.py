@@ -215,7 +215,7 @@ class _Audit:
             found = self._found_by_people()
             return [
                 recipe.score.model_dump(mode="json"),
-                "findings 1",
+                "findings 2",
                 *([sorted(found.items())] if found else []),
             ]
         return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
@@ -397,16 +397,17 @@ class _Audit:
             self.watch.warn(f"{count} cannot be decoded: the rows are corrupt_image")
             pairs = mark_corrupt(pairs, embeddings.failures)
             self.run.write_table("pairs", pairs)
-        if embeddings.num_cut:
+        num_cut = sum(embeddings.is_cut)
+        if num_cut:
             self.watch.warn(
-                f"{embeddings.num_cut:,} captions are longer than the encoder reads and judged on their beginning"
+                f"{num_cut:,} captions are longer than the encoder reads and judged on their beginning"
             )
         self.__dict__.pop("folded", None)
         return {"pairs.parquet": len(pairs)}, {
             "encoders": {"image": self.encoder_plan.image, "text": self.encoder_plan.text},
             "plan": self.encoder_plan.facts(),
             "undecodable_images": len(embeddings.failures),
-            "cut_captions": embeddings.num_cut,
+            "cut_captions": num_cut,
         }
 
     def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
@@ -548,6 +549,7 @@ class _Audit:
                 return None
 
         at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
+        cut = dict(zip(self.embeddings.caption_ids, self.embeddings.is_cut, strict=True))
         found = find_all(
             pairs,
             Vectors(
@@ -560,6 +562,7 @@ class _Audit:
             ),
             np.asarray(scores["image_rank"].fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64),
             read_hash,
+            [cut[caption] for caption in folded.caption_ids],
         )
         for line in found.capped:
             self.watch.warn(line)
@@ -734,7 +737,7 @@ def _count_findings(run: Run) -> list[dict[str, Any]]:
     table = run.table("findings", ["row", "kind"])
     rows = table.group_by("kind").aggregate([("row", "count_distinct")])
     counts = dict(zip(rows["kind"].to_pylist(), rows["row_count_distinct"].to_pylist(), strict=True))
-    counts["cut_caption"] = run.stage("embed")["cut_captions"]
+    counts.setdefault("cut_caption", run.stage("embed")["cut_captions"])  # runs of before list no rows of it
     return [
         {"kind": kind, "count": counts[kind], "detail": meaning}
         for kind, (_, meaning) in FINDING_KINDS.items()

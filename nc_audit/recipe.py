@@ -33,7 +33,9 @@ class DatasetSection(_Section):
     split: str | None = Field(None, description="audit this split only")
     limit: int | None = Field(None, ge=1, description="audit the first rows only")
     trusted: str | None = Field(None, description="file of pairs known to be right")
-    allow_network: bool = Field(False, description="fetch images that are given by http or https URL")
+    allow_network: bool = Field(
+        False, description="fetch a dataset of the hub or a bucket, and images given by http or https URL"
+    )
 
 
 class ImageSection(_Section):

@@ -198,7 +198,7 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "placeholder_image": ("warn", "one image under unusually many captions"),
     "file_name_caption": ("warn", "captions that are file names or URLs"),
     "empty_caption": ("warn", "captions that are empty or missing"),
-    "other_script": ("warn", "captions in another script than the rest"),
+    "other_script": ("warn", "captions in another script or language than the rest"),
     "disagrees": ("warn", "captions unlike the others of their image"),
     "duplicate_image": ("info", "equal images under several names"),
     "near_duplicate_image": ("info", "images that look the same"),
@@ -208,7 +208,7 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "cut_caption": ("info", "captions longer than the encoder reads"),
     "rematch": ("info", "noisy pairs whose image another displaced caption fits"),
 }
-"""Severity and meaning of each kind of finding, strongest first. `cut_caption` is counted, not listed by row."""
+"""Severity and meaning of each kind of finding, strongest first."""
 
 FINDINGS = pa.schema(
     [

@@ -55,7 +55,7 @@ class Case:
             [pa.array(values.get(f.name, [None] * len(self.names)), f.type) for f in PAIRS], schema=PAIRS
         )
 
-    def find(self, image_rank: np.ndarray | None = None) -> list[dict[str, Any]]:
+    def find(self, image_rank: np.ndarray | None = None, is_cut: Sequence[bool] = ()) -> list[dict[str, Any]]:
         is_ok = np.array([status == "ok" for status in self.status])
         vectors = Vectors(
             np.where(is_ok, self.row_image, -1),
@@ -66,7 +66,7 @@ class Case:
             np.where(is_ok, self.noise, np.nan),
         )
         rank = np.ones(len(self.names), np.int64) if image_rank is None else image_rank
-        found = find_all(self.pairs(), vectors, rank, self.hashes.get)
+        found = find_all(self.pairs(), vectors, rank, self.hashes.get, is_cut)
         assert not found.capped
         return check_table("findings", found.table(self.pairs())).to_pylist()
 
@@ -148,6 +148,20 @@ def test_placeholders_and_copied_captions() -> None:
         ("house.", "short_caption", "caption is a single word"),
         ("пять красных домов", "other_script", "caption is in Cyrillic, 399 others are in Latin"),
         ("一座红色的房子", "other_script", "caption is in Cjk, 399 others are in Latin"),
+        (
+            "zwei Flugzeuge stehen auf dem Rollfeld",
+            "other_script",
+            "caption is in German, 399 others are in English",
+        ),
+        ("un avion est sur la piste", "other_script", "caption is in French, 399 others are in English"),
+        ("un avión está en la pista", "other_script", "caption is in Spanish, 399 others are in English"),
+        ("um avião está na pista", "other_script", "caption is in Portuguese, 399 others are in English"),
+        (
+            "twee vliegtuigen op het platform",
+            "other_script",
+            "caption is in Dutch, 399 others are in English",
+        ),
+        ("due aerei sono sulla pista", "other_script", "caption is in Italian, 399 others are in English"),
     ],
 )
 def test_captions_that_are_none(caption: str, kind: str, detail: str) -> None:
@@ -169,6 +183,34 @@ def test_a_set_in_two_scripts_has_no_other_script() -> None:
     case = Case()
     case.captions[::3] = ["дом у реки"] * len(case.captions[::3])
     assert told(case.find(), "other_script") == {}
+
+
+@pytest.mark.parametrize(
+    "caption", ["the die and der Bus", "rio de la plata", "los angeles airport", "de luxe hotel"]
+)
+def test_foreign_words_make_no_other_language(caption: str) -> None:
+    case = Case()
+    case.captions[5] = caption
+    assert told(case.find(), "other_script") == {}
+
+
+def test_a_set_in_two_languages_or_of_few_captions_has_no_other_one() -> None:
+    case = Case()
+    case.captions[::3] = ["zwei Häuser an einem Fluss und der Wald"] * len(case.captions[::3])
+    assert told(case.find(), "other_script") == {}
+    case = Case(15)
+    case.captions[3] = "zwei Häuser an einem Fluss und der Wald"
+    assert told(case.find(), "other_script") == {}
+
+
+def test_rows_whose_caption_the_encoder_cuts_are_listed() -> None:
+    case = Case()
+    case.row_caption[7] = case.row_caption[2]
+    case.status[9] = "missing_image"
+    cut = [caption in (2, 9, 30) for caption in range(NUM)]
+    assert told(case.find(is_cut=cut), "cut_caption") == dict.fromkeys(
+        (2, 7, 30), "caption is longer than the encoder reads"
+    )
 
 
 def test_generic_captions_are_those_of_pairs_that_look_right() -> None:

@@ -23,9 +23,13 @@ _CHUNK = 1 << 20
 _USED_OF_IMAGE = {"filename", "file_name", "filepath", "split", "known_noise"}
 _USED_OF_CAPTION = {"raw", "caption", "known_noise"}
 
+MAX_JSON = 2 << 30
+
 
 def encoding_of(path: Path, notes: list[str]) -> str:
     """The text encoding of a file: by its byte order mark, else UTF-8 when it is valid, else Windows-1252 or Latin-1.
+
+    UTF-16 without a mark is known by the zero beside every byte of its first letters.
 
     Reads the file once, in chunks, so that it decodes without an error afterwards. A file that is not Unicode is
     noted.
@@ -34,12 +38,22 @@ def encoding_of(path: Path, notes: list[str]) -> str:
         DatasetError: the byte order mark promises what the rest does not hold.
     """
     with path.open("rb") as handle:
-        start = handle.read(4)
+        start = handle.read(32)
     for mark, encoding in _BOMS:
         if start.startswith(mark):
             if not _decodes(path, encoding):
                 message = f"{path.name} begins as {encoding.upper()} text and goes on as something else"
                 raise DatasetError(message, "write it as UTF-8")
+            return encoding
+    for encoding, zeros, letters in (("utf-16-le", 1, 0), ("utf-16-be", 0, 1)):
+        # Valid UTF-8 as well, if one takes the zeros for letters.
+        if (
+            len(start) >= 16
+            and not any(start[zeros::2])
+            and all(start[letters::2])
+            and _decodes(path, encoding)
+        ):
+            notes.append(f"{path.name} is read as {encoding.upper()}, which it does not say itself")
             return encoding
     if _decodes(path, "utf-8"):
         return "utf-8"
@@ -113,8 +127,20 @@ def read_json(path: Path, notes: list[str]) -> Any:
     """The value of a json file.
 
     Raises:
-        DatasetError: the file is not json, is nested too deeply, or is not text.
+        DatasetError: the file is not json, is nested too deeply, is not text, or is too large to be read whole.
     """
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise DatasetError(
+            f"{path.name} has {size:,} bytes; json is read whole, up to {MAX_JSON:,}",
+            "write it as jsonl or Parquet",
+        )
+    with path.open("rb") as handle:
+        start = handle.read(1 << 16)
+    if len(start) == 1 << 16 and not start.strip(b"\0 \t\r\n"):
+        raise DatasetError(
+            f"{path.name} is not json: it begins with {len(start):,} empty bytes", "replace it"
+        )
     return parse_json(path.read_text(encoding=encoding_of(path, notes)), path.name)
 
 

@@ -51,6 +51,7 @@ _KINDS = {
 _MAX_DEPTH = 2
 _MAX_OTHER_JSON = 20
 _MAX_TEXTS = 20
+_MAX_FIRST_LINE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def recognise(path: Path, options: LoadOptions) -> Plan:
         raise DatasetError(f"{path} does not exist", hint)
     if path.is_dir():
         return _recognise_folder(path, options)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DatasetError(f"{path} is neither a file nor a folder", "write it to a file first")
     file = _sniff(path, path.name, options)
     if file is None:
         raise DatasetError(f"{path} states no image-caption pairs in a known form", _UNDERSTOOD)
@@ -313,6 +316,8 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
     if ending in PARQUET_ENDINGS or start.startswith(b"PAR1"):
         kind = "metadata" if kind == "metadata" else "parquet"
         return DatasetFile(path, source, kind, "parquet", split, columns=tables.parquet_names(path, source))
+    if ending in (*_JSON_LINES, *_DELIMITED):
+        _check_first_line(path, source)
     if ending in _JSON_LINES:
         return DatasetFile(path, source, kind, "json lines", split, columns=_keys_of_first_line(path, source))
     if ending == ".json" or (ending not in _DELIMITED and start[:1] in (b"{", b"[")):
@@ -336,6 +341,17 @@ def _sniff(path: Path, source: str, options: LoadOptions) -> DatasetFile | None:
         form = "tsv" if delimiter == "\t" else "csv"
         return DatasetFile(path, source, kind, form, split, columns=tuple(header))
     return None
+
+
+def _check_first_line(path: Path, source: str) -> None:
+    """Raises DatasetError where a table's first line is not one, so that it is not read into memory whole."""
+    with path.open("rb") as handle:
+        start = handle.read(_MAX_FIRST_LINE)
+        if handle.read(1) and b"\n" not in start and b"\r" not in start:
+            raise DatasetError(
+                f"{source} is not a table: its first line has more than {_MAX_FIRST_LINE:,} bytes",
+                _UNDERSTOOD,
+            )
 
 
 def _sniff_json(

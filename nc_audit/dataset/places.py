@@ -1,19 +1,24 @@
-"""What a user may give as DATASET: a path, a pattern of paths, or a dataset of the hub as `hf:OWNER/NAME`."""
+"""What a user may give as DATASET: a path, a pattern of paths, a dataset of the hub as `hf:OWNER/NAME`, or a bucket."""
 
 from __future__ import annotations
 
 import glob
+import json
+import os
 import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nc_audit.dataset.remote import is_remote, mirror
 from nc_audit.errors import DatasetError
 
 _HUB = re.compile(r"hf:([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?")
-_BUCKET = re.compile(r"(s3|gs|gcs|az|abfs|https?|ftp|hdfs):/+", re.IGNORECASE)
+_BUCKET = re.compile(r"(s3a?|gs|gcs|hf|az|abfss?|https?|ftp|hdfs):/+", re.IGNORECASE)
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _PATIENCE = 1.5
 _WHERE = "name a folder or a file with captions and images"
 
@@ -27,23 +32,33 @@ class Place:
     notes: tuple[str, ...] = ()
 
 
-def find_dataset(spec: str) -> Place:
-    """The place that a DATASET argument means. A dataset of the hub is fetched where the hub's cache lacks it.
+def find_dataset(
+    spec: str, *, allow_network: bool = False, progress: Callable[[int, int | None], None] | None = None
+) -> Place:
+    """The place that a DATASET argument means; what lies elsewhere is fetched, where the user allows it.
 
     Args:
-        spec: a path, a pattern such as `shards/*.tar`, or `hf:OWNER/NAME`, with `@REVISION` where it matters.
+        spec: a path, a pattern such as `shards/*.tar`, `hf:OWNER/NAME`, with `@REVISION` where it matters, or a path
+            or pattern of `s3://`, `gs://` or `hf://`.
+        allow_network: whether a bucket may be read, and the hub asked for what its cache lacks.
+        progress: told the objects of a bucket that are here, and their number.
 
     Raises:
-        DatasetError: nothing is there, or the hub cannot serve it.
+        DatasetError: nothing is there, the network may not be used, or the hub or bucket cannot serve it.
     """
-    if spec.startswith("hf:") and not Path(spec).exists():
-        return _of_hub(spec)
+    if is_remote(spec):
+        if not allow_network:
+            raise DatasetError(f"{spec} lies behind the network", "--allow-network fetches it")
+        path, name, notes = mirror(spec, progress)
+        return Place(path, name or "dataset", notes)
     bucket = _BUCKET.match(spec)
     if bucket:
         raise DatasetError(
-            f"{spec}: datasets behind {bucket[1].lower()}:// are not read yet",
-            "copy it to a folder first, or name a dataset of the hub as hf:OWNER/NAME",
+            f"{spec}: datasets behind {bucket[1].lower()}:// are not read",
+            "s3://, gs:// and hf:// are, and datasets of the hub as hf:OWNER/NAME; else copy it to a folder first",
         )
+    if spec.startswith("hf:") and not Path(spec).exists():
+        return _of_hub(spec, allow_network=allow_network)
     path = Path(spec)
     check_exists(path)
     if is_pattern(path):
@@ -91,7 +106,7 @@ def blobs_of(path: Path) -> Path | None:
     return None
 
 
-def _of_hub(spec: str) -> Place:
+def _of_hub(spec: str, *, allow_network: bool) -> Place:
     from huggingface_hub import constants
 
     found = _HUB.fullmatch(spec)
@@ -102,16 +117,72 @@ def _of_hub(spec: str) -> Place:
     repository, revision = found[1], found[2] or "main"
     name = repository.rpartition("/")[2]
     cached = _cached(Path(constants.HF_HUB_CACHE), repository, revision, any_revision=found[2] is None)
-    if cached is not None:
+    gap = None if cached is None else _gap(cached)
+    by_hand = f"fetch it where there is a network: hf download --repo-type dataset {repository}"
+    refusal = None
+    if cached is None or gap or allow_network:
+        # Offline is told first: there --allow-network would be no help.
+        may_ask = allow_network or constants.HF_HUB_OFFLINE
+        refusal = _refusal(repository) if may_ask else "--allow-network is not given"
+    if cached is not None and gap is None and (refusal or not allow_network):
         return Place(cached, name, (f"{spec} is read from the hub's cache, commit {cached.name[:12]}",))
-    refusal = _refusal(repository)
     if refusal is not None:
-        raise DatasetError(
-            f"{spec} is not in the hub's cache, and {refusal}",
-            f"fetch it where there is a network: hf download --repo-type dataset {repository}",
+        state = (
+            "is not in the hub's cache" if cached is None else f"is in the hub's cache only in part ({gap})"
         )
-    fetched = _fetched(spec, repository, revision)
-    return Place(fetched, name, (f"{spec} was fetched from the hub, commit {fetched.name[:12]}",))
+        raise DatasetError(
+            f"{spec} {state}, and {refusal}",
+            (f"--allow-network fetches it; or {by_hand}" if refusal.startswith("--") else by_hand)
+            + (f"; or name {cached} itself to read what is there" if cached is not None else ""),
+        )
+    # A cached commit is completed, not left for a newer one.
+    fetched = _fetched(spec, repository, revision if cached is None else cached.name)
+    if (gap := _gap(fetched)) is not None:
+        raise DatasetError(f"{spec} was fetched only in part: {gap}", "look at its files on the hub")
+    how = "was fetched from the hub" if cached is None else "is read from the hub's cache, complete"
+    return Place(fetched, name, (f"{spec} {how}, commit {fetched.name[:12]}",))
+
+
+def _gap(snapshot: Path) -> str | None:
+    """What a snapshot in the hub's cache lacks, as the cache shows it; None where nothing does.
+
+    That is what the kept list of its commit names and is not there (but for texts about the dataset), links to
+    nothing, and numbered shards left out.
+    """
+    missing = [name for name in _tree_of(snapshot) if not (snapshot / name).exists()]
+    shards: dict[tuple[str, int, str], set[int]] = {}
+    for folder, folders, files in os.walk(snapshot):
+        folders.sort()
+        for file in sorted(files):
+            path = Path(folder, file)
+            relative = path.relative_to(snapshot).as_posix()
+            numbered = _SHARD.fullmatch(relative)
+            if not path.exists():
+                missing.append(relative)
+            elif numbered:
+                key = (numbered[1], int(numbered[3]), numbered[4])
+                shards.setdefault(key, set()).add(int(numbered[2]))
+    if missing:
+        missing = list(dict.fromkeys(missing))
+        files_missing = f"{len(missing):,} file{'s' if len(missing) > 1 else ''}"
+        return f"{files_missing} not there, such as {missing[0]}"
+    for (stem, number, _), there in sorted(shards.items()):
+        if len(there) < number:
+            return f"{len(there):,} of {number:,} shards {stem}-*"
+    return None
+
+
+def _tree_of(snapshot: Path) -> list[str]:
+    """The files of a commit that hold data, by the list the hub's client keeps of it; none where it keeps none."""
+    listing = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
+    try:
+        files = json.loads(listing.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    names = [name for name in files if "\0" not in name] if isinstance(files, dict) else []
+    return [
+        name for name in names if not name.startswith(".") and not name.lower().endswith((".md", "license"))
+    ]
 
 
 def _cached(cache: Path, repository: str, revision: str, *, any_revision: bool) -> Path | None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
+_MAX_LINES = 1 << 17  # of one row; more, and the rest of a large file would be taken for a caption
 _COUNTED = {
     "short": ("row", "with fewer cells than its header"),
     "rejoined": (
@@ -124,7 +126,8 @@ def guess_columns(
     by_plain: dict[str, str] = {}
     for name in names:
         by_plain.setdefault(plain(name), name)
-    images = [by_plain[common] for common in (prefer, *_IMAGE_NAMES) if common in by_plain]
+    # A nameless column, such as the index pandas writes, is never the preferred one.
+    images = [by_plain[common] for common in (prefer, *_IMAGE_NAMES) if common and common in by_plain]
     held = [name for name in embedded if name in images] or list(embedded)
     image = held[0] if held else images[0] if images else None
     numbered: dict[str, list[tuple[int, str]]] = {}
@@ -216,6 +219,10 @@ def read_delimited(
                     f"{source} is an export of nc-audit; its apostrophes before formulas are not read"
                 )
             columns = choose_columns(header, source, options, notes, prefer=prefer)
+            for name, times in Counter(header).items():
+                if name and times > 1:
+                    kept = "each is a caption" if name in columns.captions else "the first is read"
+                    notes.append(f"{source} has {times:,} columns {name}; {kept}")
             extras = extra_names(header, columns.used, source, notes)
             yield from _delimited_rows(
                 reader, lines, header, columns, delimiter, source, split, counts, guarded, extras
@@ -240,6 +247,8 @@ class _Lines:
 
     def __next__(self) -> str:
         line = next(self._lines)
+        if len(self.record) >= _MAX_LINES:
+            raise csv.Error(f"a quote opened {len(self.record):,} lines above is never closed")
         self.record.append(line)
         return line
 
@@ -258,7 +267,7 @@ def _delimited_rows(
 ) -> Iterator[Batch]:
     width = len(header)
     image_at = header.index(columns.image)
-    captions_at = [header.index(name) for name in columns.captions]
+    captions_at = [at for name in columns.captions for at, other in enumerate(header) if other == name]
     split_at = header.index(columns.split) if columns.split is not None else None
     noise_at = header.index(columns.known_noise) if columns.known_noise is not None else None
     extras_at = [(name, header.index(name)) for name in extras]

@@ -119,7 +119,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(cache, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     start = time.monotonic()
     with pytest.raises(DatasetError, match=r"the hub (cannot be reached|does not answer)"):
-        find_dataset("hf:owner/other")
+        find_dataset("hf:owner/other", allow_network=True)
     assert time.monotonic() - start < 2
     silent.close()
 
@@ -131,12 +131,12 @@ def test_what_names_no_dataset_of_the_hub_is_refused(cache, spec):
     assert error.value.message == f"{spec} names no dataset of the hub"
 
 
-@pytest.mark.parametrize("spec", ["s3://bucket/x", "gs://bucket/x", "https://example.org/x.csv"])
-def test_buckets_are_refused_in_one_line(spec):
+@pytest.mark.parametrize("spec", ["az://bucket/x", "gcs://bucket/x", "https://example.org/x.csv"])
+def test_other_networks_are_refused_in_one_line(spec):
     scheme = spec.partition(":")[0]
     with pytest.raises(DatasetError) as error:
-        find_dataset(spec)
-    assert error.value.message == f"{spec}: datasets behind {scheme}:// are not read yet"
+        find_dataset(spec, allow_network=True)
+    assert error.value.message == f"{spec}: datasets behind {scheme}:// are not read"
 
 
 def test_a_pattern_reads_the_files_that_fit(tmp_path, monkeypatch):
