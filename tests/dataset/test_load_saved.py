@@ -146,3 +146,64 @@ def test_damaged_arrow_files_never_crash(tmp_path, opener, places, end):
     path.write_bytes(data[: max(end, 1)])
     with contextlib.suppress(AuditError):
         assert len(load(path).pairs) > 0
+
+
+# --- what other libraries write
+
+
+def assert_images_stand(loaded, num_distinct: int) -> None:
+    store = ImageStore(loaded.roots)
+    ids = column(loaded, "image_id")
+    assert len(set(ids)) == num_distinct
+    for uri, image_id in zip(column(loaded, "image_uri"), ids, strict=True):
+        assert content_id(store.read(uri)) == image_id
+
+
+def test_shards_of_webdatasets_own_writer(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=4, verbose=0) as writer:
+        for i in range(10):
+            writer.write(
+                {"__key__": f"{i:06d}", "png": picture(i), "txt": f"größe {i}", "json": {"uid": f"u{i}"}}
+            )
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == [f"größe {i}" for i in range(10)]
+    assert column(loaded, "uid") == [f"u{i}" for i in range(10)]
+    assert set(column(loaded, "status")) == {"ok"}
+    assert_images_stand(loaded, 10)
+
+
+def test_an_image_folder_of_datasets_and_what_it_pushes_to_the_hub(tmp_path, library):
+    folder = tmp_path / "folder"
+    for split, colours in (("train", range(5)), ("test", range(5, 8))):
+        (folder / split).mkdir(parents=True)
+        lines = [f'{{"file_name": "{colour}.png", "text": "caption {colour}"}}\n' for colour in colours]
+        (folder / split / "metadata.jsonl").write_text("".join(lines))
+        for colour in colours:
+            (folder / split / f"{colour}.png").write_bytes(picture(colour))
+    splits = library.load_dataset("imagefolder", data_dir=str(folder))
+    pushed = tmp_path / "pushed" / "data"
+    pushed.mkdir(parents=True)
+    for name, part in splits.items():
+        # Pushing embeds the files' bytes and writes one Parquet file a shard.
+        embedded = part.with_format("arrow").map(library.table.embed_table_storage, batched=True)
+        embedded.with_format(None).to_parquet(pushed / f"{name}-00000-of-00001.parquet")
+    for where in (folder, pushed.parent):
+        loaded = load(where)
+        found = sorted(zip(column(loaded, "split"), column(loaded, "caption"), strict=True))
+        assert found == sorted(
+            [("train", f"caption {i}") for i in range(5)] + [("test", f"caption {i}") for i in range(5, 8)]
+        )
+        assert set(column(loaded, "status")) == {"ok"}
+        assert_images_stand(loaded, 8)
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_tables_of_datasets_with_paths_of_images(tmp_path, library, form):
+    for colour in range(4):
+        (tmp_path / f"{colour}.png").write_bytes(picture(colour))
+    rows = {"image": [f"{i}.png" for i in range(4)], "text": ["a, b", 'say "hi"', "two\nlines", "=1+1"]}
+    getattr(library.Dataset.from_dict(rows), f"to_{form}")(tmp_path / f"table.{form}l".replace("csvl", "csv"))
+    loaded = load(tmp_path)
+    assert column(loaded, "caption") == rows["text"]
+    assert_images_stand(loaded, 4)
