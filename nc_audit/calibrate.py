@@ -312,12 +312,11 @@ def combine_held_out(
 ) -> HeldOut:
     """Fuse the first look with the held-out loss and distance; by image when noise strikes whole images.
 
-    The swaps are whole sets, one behind the other, each with a swap for every given pair.
+    Swaps of equal image then are one swapped image.
     """
     evidence = fused(first, loss, distance)
     if whole_images:
-        which_set = torch.arange(len(image_S)) // len(image_N)
-        evidence = by_image(evidence, image_N, image_S + which_set * (int(image_N.max()) + 1))
+        evidence = by_image(evidence, image_N, image_S)
     rate = noise_rate(evidence, image_N, image_S, seed)
     return HeldOut(evidence, rate, calibrated(evidence, rate))
 

@@ -268,9 +268,7 @@ class TrainSection(_Section):
     ambiguous_factor: float = Field(
         0.8, ge=0, le=1, description="weight of the ambiguous region in pace=divided"
     )
-    planted_share: float = Field(
-        0.5, gt=0, le=1, description="known swaps planted in the final training, per pair"
-    )
+    planted_share: float = Field(0.5, gt=0, le=1, description="known swaps planted in the training, per pair")
     final_rounds: int = Field(
         2, ge=1, le=5, description="trainings of the final heads, each weighted by what the one before found"
     )
@@ -279,12 +277,6 @@ class TrainSection(_Section):
         gt=0,
         le=1,
         description="power of the clean posterior as final weight on a clean set; grows by the noise rate, up to 1",
-    )
-    known_swaps: int = Field(
-        40_000,
-        ge=1,
-        description="known swaps scored held out: at least so many, in one to eight for each pair; more of them steady "
-        "the noise rate",
     )
     seed: int = Field(0, ge=0, description="of folds, swaps, initialisation, batches and dropout")
     rrsitr: RrsitrSection = RrsitrSection()  # type: ignore[call-arg]

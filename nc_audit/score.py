@@ -187,8 +187,8 @@ def judge(
 
     Args:
         given: quantities of the given pairs (`train.Judgement.given`).
-        swaps: those of the known swaps; `image` and `caption` hold what is put together, and `final_loss` is not
-            a number where the swap did not sit in the final training. Empty for a method without swaps.
+        swaps: those of the known swaps; `image` and `caption` hold what is put together. Empty for a method without
+            swaps.
         image_ID: unit vectors of all images by the final heads, shape [I, D].
         caption_CD: unit vectors of all captions by the final heads, shape [C, D].
         pairs: the given pairs.
@@ -215,7 +215,6 @@ def judge(
         rate = rate_of_probabilities(probability, pairs.image_N, seed)
         score = given["noise_score"]
     else:
-        planted = (~swaps["final_loss"].isnan()).nonzero().squeeze(1)
         held_out = combine_held_out(
             Evidence(given["first"], swaps["first"]),
             Evidence(given["loss"], swaps["loss"]),
@@ -225,9 +224,7 @@ def judge(
             whole_images,
             seed,
         )
-        swapped = Pairs(
-            swaps["image"][planted], swaps["caption"][planted], pairs.num_images, pairs.num_captions
-        )
+        swapped = Pairs(swaps["image"], swaps["caption"], pairs.num_images, pairs.num_captions)
         trust_N = 1 - held_out.posterior.given_N
         around = ask_neighbours(
             image_ID,
@@ -240,13 +237,13 @@ def judge(
             own_captions_vote=not whole_images,
         )
         # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
-        final = Evidence(given["final_loss"], swaps["final_loss"][planted])
-        held = Evidence(given["loss"], swaps["loss"][planted])
+        final = Evidence(given["final_loss"], swaps["final_loss"])
+        held = Evidence(given["loss"], swaps["loss"])
         if whole_images:
             # The captions of a wrong image teach each other, those of a planted one have their own pairs to
             # contradict them: in sample the two differ, so the held-out look calibrates and the final heads only rank.
-            first = Evidence(given["first"], swaps["first"][planted])
-            distance = Evidence(given["distance"], swaps["distance"][planted])
+            first = Evidence(given["first"], swaps["first"])
+            distance = Evidence(given["distance"], swaps["distance"])
             evidence = by_image(
                 fused(first, held, distance, final, around.by_image, around.by_caption),
                 pairs.image_N,
@@ -257,7 +254,7 @@ def judge(
         else:
             evidence = fused(held, final, final, around.by_image, around.by_caption)
             if "zero_shot_loss" in given:
-                untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"][planted])
+                untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"])
                 evidence = evidence + untrained.times(worth(untrained, held))
             rate = noise_rate(
                 evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])

@@ -73,7 +73,6 @@ QUICK = TrainSection(
     width=48,
     hidden=48,
     batch=128,
-    known_swaps=1_200,
 )  # type: ignore[call-arg]
 
 

@@ -102,7 +102,7 @@ def test_searches_are_bounded_where_very_many_ask():
     settings = ScoreSection()  # type: ignore[call-arg]
     none = torch.zeros(0, dtype=torch.long)
     sizes = [num_searched(Pairs(none, none, num // 5, num), settings) for num in (300, 10**5, 10**6, 10**8)]
-    assert sizes == [300, 50_000, 10_000, 1_000]
+    assert sizes == [300, 50_000, 5_000, 1_000]
 
 
 # --- neighbours

@@ -47,6 +47,11 @@ class Pairs:
         first.scatter_reduce_(0, self.caption_N, self.image_N, "amin")
         return torch.where(first == self.num_images, -1, first)
 
+    def and_more(self, more: Pairs) -> Pairs:
+        """These pairs and others behind them, over the same images and captions."""
+        images, captions = [self.image_N, more.image_N], [self.caption_N, more.caption_N]
+        return Pairs(torch.cat(images), torch.cat(captions), self.num_images, self.num_captions)
+
     def select(self, at: Tensor) -> Pairs:
         """Some of the pairs, over the same images and captions."""
         return Pairs(self.image_N[at], self.caption_N[at], self.num_images, self.num_captions)
@@ -109,6 +114,10 @@ class Matches:
         """Add `more` (B pairs) at the places `at_B`, in place."""
         for mine, theirs in zip(self._tensors(), more._tensors(), strict=True):
             mine[at_B] += theirs
+
+    def first(self, num: int) -> Matches:
+        """Every quantity of the first `num` pairs."""
+        return Matches(*(mine[:num] for mine in self._tensors()))
 
     def divided(self, by: float) -> Matches:
         """Every quantity divided by `by`."""

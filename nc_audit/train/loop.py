@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nc_audit.encoders.weights import autocast
 from nc_audit.errors import TrainingError
 from nc_audit.methods import self_paced
 from nc_audit.methods.heads import Heads
@@ -194,10 +193,13 @@ class Trainer:
             for start in range(0, len(order) - self.plan.batch + 1, self.plan.batch):
                 yield order[start : start + self.plan.batch]
 
+    def _products(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
         image, caption = self.pairs.image_N[at_B], self.pairs.caption_N[at_B]
-        with autocast("cpu", self.precision):
+        with self._products():
             image_BD = self.heads.image(self.inputs.image_head_ID[image])
             caption_BD = self.heads.caption(self.inputs.caption_head_CD[caption])
             cosine_BB = image_BD @ caption_BD.T
@@ -225,7 +227,7 @@ class Trainer:
 
     def embed(self) -> tuple[Tensor, Tensor]:
         """Unit vectors of all images and captions by the heads as they stand: shapes [I, width], [C, width]."""
-        with autocast("cpu", self.precision):
+        with self._products():
             return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD)
 
     def matches(self) -> Matches:

@@ -6,9 +6,12 @@ No clean labels are needed. What keeps noise from being learnt:
    fitted on other images and reweighted a few times, with a probability calibrated on known swaps.
 2. Heads that never score what they trained on (`train_folds`): K pairs of heads in lockstep, each leaving out
    one fold. After every epoch the held-out loss of each pair sets its self-paced weight for the next.
-3. Final heads (`train_final`) on all pairs, with known swaps planted among them: swaps that sat in training
-   like any noise score like noise that did, and so calibrate in-sample scores. They are trained twice: the second
-   weights come from what the first heads found.
+3. Final heads (`train_final`) on all pairs. They are trained twice: the second weights come from what the first
+   heads found.
+
+Known swaps are planted among the pairs before the first step and treated as they are in every one. Even what never
+trains on a pair is told of it, by the weights of other pairs which it helped to set; swaps that were not there score
+noisier than noise that was, and the fewer the pairs and the more of them noisy, the more so.
 
 Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epochs; D = dimensions.
 """
@@ -78,17 +81,21 @@ def first_look(
     caption_CD: Tensor,
     pairs: Pairs,
     swaps: Pairs,
-    fold_N: Tensor,
+    fold_T: Tensor,
     settings: TrainSection,
 ) -> FirstLook:
     """Mutual-information variation of each pair, out of fold by image, reweighted towards the clean pairs.
+
+    A fold's own pairs are not fitted on, yet they helped to weigh those that are: they have supported what is like
+    them. So the swaps are fitted on and weighed in the same way, and score as noise does.
 
     Args:
         image_ID: image embeddings, shape [I, D].
         caption_CD: caption embeddings, shape [C, D'].
         pairs: the given pairs.
-        swaps: known swaps, whole sets of N one behind the other; each shares the folds of the pair in its place.
-        fold_N: fold of each pair, the same for all pairs of an image, shape [N].
+        swaps: the planted swaps, S of them.
+        fold_T: fold of each given pair and of each swap behind them, the same for all pairs of an image,
+            shape [N + S].
         settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
 
     Returns:
@@ -101,7 +108,7 @@ def first_look(
     for num in dims:
         image = principal_projection(image_ID, num)(image_ID)
         caption = principal_projection(caption_CD, num)(caption_CD)
-        one, raw = _variation_rounds(image, caption, pairs, swaps, fold_N, settings)
+        one, raw = _variation_rounds(image, caption, pairs, swaps, fold_T, settings)
         total = one.standardised() if total is None else total + one.standardised()
         variation_N = variation_N + raw / len(dims)
     assert total is not None
@@ -114,31 +121,31 @@ def _variation_rounds(
     caption_CK: Tensor,
     pairs: Pairs,
     swaps: Pairs,
-    fold_N: Tensor,
+    fold_T: Tensor,
     settings: TrainSection,
 ) -> tuple[Evidence, Tensor]:
-    weight_N = torch.ones(len(pairs))
-    evidence = Evidence(torch.zeros(len(pairs)), torch.zeros(len(swaps)))
-    fold_S = fold_N.repeat(len(swaps) // len(pairs))
+    num = len(pairs)
+    together = pairs.and_more(swaps)
+    weight_T, variation_T = torch.ones(len(together)), torch.empty(len(together))
+    evidence = Evidence(torch.zeros(num), torch.zeros(len(swaps)))
     for _ in range(settings.first_look_rounds):
-        given, swapped = torch.empty(len(pairs)), torch.empty(len(swaps))
-        for fold in range(int(fold_N.max()) + 1):
-            outside = (fold_N != fold).nonzero().squeeze(1)
+        for fold in range(int(fold_T.max()) + 1):
+            outside = (fold_T != fold).nonzero().squeeze(1)
             fit = outside[:: max(1, math.ceil(len(outside) / 200_000))]
             dependence = GaussianDependence(
-                image_IK[pairs.image_N[fit]],
-                caption_CK[pairs.caption_N[fit]],
-                weight_N[fit],
+                image_IK[together.image_N[fit]],
+                caption_CK[together.caption_N[fit]],
+                weight_T[fit],
                 settings.shrinkage,
             )
-            for asked, fold_of, result in ((pairs, fold_N, given), (swaps, fold_S, swapped)):
-                for part in (fold_of == fold).nonzero().squeeze(1).split(65_536):
-                    result[part] = dependence.variation(
-                        image_IK[asked.image_N[part]], caption_CK[asked.caption_N[part]]
-                    )
-        evidence = Evidence(-given, -swapped)
-        weight_N = (1 - evidence.posterior(evidence.rate()).given_N).clamp_min(MIN_WEIGHT)
-    return evidence, -evidence.given_N
+            for part in (fold_T == fold).nonzero().squeeze(1).split(65_536):
+                variation_T[part] = dependence.variation(
+                    image_IK[together.image_N[part]], caption_CK[together.caption_N[part]]
+                )
+        evidence = Evidence(-variation_T[:num], -variation_T[num:])
+        found = evidence.posterior(evidence.rate())
+        weight_T = (1 - torch.cat([found.given_N, found.swaps_S])).clamp_min(MIN_WEIGHT)
+    return evidence, variation_T[:num].clone()
 
 
 def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
@@ -195,39 +202,37 @@ def weighted(trainer: Trainer, weight_N: Tensor, at_B: Tensor) -> Tensor:
 def train_folds(
     inputs: Inputs,
     swaps: Pairs,
-    prior_N: Tensor,
-    fold_N: Tensor,
+    prior_T: Tensor,
+    fold_T: Tensor,
     settings: TrainSection,
     seed: int,
     progress: Progress = silent,
 ) -> Folds:
-    """Train K pairs of heads in lockstep and score every pair by the heads that left its fold out.
+    """Train K pairs of heads in lockstep and score every pair and swap by the heads that left its fold out.
 
     Args:
         inputs: the given pairs, what heads take in, what pairs are scored against.
-        swaps: known swaps, whole sets of N one behind the other; each shares the fold of the pair in its place.
-        prior_N: weight of each pair before any loss is known, shape [N], 0..1.
-        fold_N: fold of each pair, shape [N], 0..K-1.
+        swaps: the planted swaps, S of them, which are trained on and weighed as given pairs are.
+        prior_T: weight of each given pair and of each swap behind them before any loss is known, shape [N + S], 0..1.
+        fold_T: fold of each given pair and each swap, shape [N + S], 0..K-1.
         settings: the recipe's `train` section.
         seed: initialisation, batches, dropout.
         progress: told the epoch.
 
     Returns:
-        Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory.
+        Held-out results, averaged over the epochs from `first_counted_epoch`, and the trajectory of the given pairs.
     """
-    pairs, candidates = inputs.pairs, inputs.candidates
-    num_folds = int(fold_N.max()) + 1
-    fold_S = fold_N.repeat(len(swaps) // len(pairs))
-    stray_S = pairs.carrier_of_captions()[swaps.caption_N]
-    inside = [(fold_N == k).nonzero().squeeze(1) for k in range(num_folds)]
-    outside = [(fold_N != k).nonzero().squeeze(1) for k in range(num_folds)]
+    num, candidates = len(inputs.pairs), inputs.candidates
+    together = inputs.pairs.and_more(swaps)
+    num_folds = int(fold_T.max()) + 1
+    stray_S = inputs.pairs.carrier_of_captions()[swaps.caption_N]
+    inside = [(fold_T == k).nonzero().squeeze(1) for k in range(num_folds)]
+    outside = [(fold_T != k).nonzero().squeeze(1) for k in range(num_folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
     chance = chance_loss(len(candidates.caption_M))
-    given_sum = Matches.zeros(len(pairs))
-    swap_sum = Matches.zeros(len(swaps))
-    swapped = [(fold_S == k).nonzero().squeeze(1) for k in range(num_folds)]
+    total = Matches.zeros(len(together))
     trajectory = Trajectory()
-    weight_N = prior_N.clone()
+    weight_T = prior_T.clone()
     counted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -235,7 +240,7 @@ def train_folds(
             Trainer(
                 new_heads(inputs, settings),
                 inputs,
-                pairs.select(outside[k]),
+                together.select(outside[k]),
                 plan,
                 settings,
                 settings.weight_decay,
@@ -245,47 +250,38 @@ def train_folds(
             for k in range(num_folds)
         ]
         for epoch in range(1, plan.epochs + 1):
-            loss_N = torch.empty(len(pairs))
-            is_scored = plan.is_scored(epoch, len(pairs))
+            loss_T = torch.empty(len(together))
+            is_scored = plan.is_scored(epoch, num)
             counts = is_scored and epoch >= settings.first_counted_epoch
             for k, trainer in enumerate(trainers):
-                train_weight = weight_N[outside[k]]
+                train_weight = weight_T[outside[k]]
                 train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
                 trainer.run_epoch(partial(weighted, trainer, train_weight))
                 if not is_scored:
                     continue
                 image, caption = trainer.embed()
                 scale = trainer.heads.scale().item()
-                at, also = inside[k], swapped[k]
-                asked = [
-                    (pairs.image_N[at], pairs.caption_N[at]),
-                    (swaps.image_N[also], swaps.caption_N[also]),
-                ]
-                found = match(
-                    image,
-                    caption,
-                    scale,
-                    candidates,
-                    *asked[: 1 + counts],
-                    strays=stray_S[also] if counts else None,
-                )
-                loss_N[at] = found[0].loss
-                if counts:
-                    given_sum.add_(at, found[0])
-                    swap_sum.add_(also, found[1])
+                at = inside[k]
+                given, swapped = at[at < num], at[at >= num]
+                asked = [(together.image_N[some], together.caption_N[some]) for some in (given, swapped)]
+                found = match(image, caption, scale, candidates, *asked, strays=stray_S[swapped - num])
+                for some, one in zip((given, swapped), found, strict=True):
+                    loss_T[some] = one.loss
+                    if counts:
+                        total.add_(some, one)
             progress("train", epoch, plan.epochs)
             if not is_scored:
                 continue
             counted += counts
-            relative = loss_N / chance
-            division_N = self_paced.divide(relative, settings.clean_at, settings.noisy_at)
-            trajectory.record(loss_N, weight_N, division_N, epoch)
-            weight_N = prior_N * pace(relative, epoch, settings)
-    of_given, of_swaps = given_sum.divided(counted), swap_sum.divided(counted)
+            relative = loss_T / chance
+            division_N = self_paced.divide(relative[:num], settings.clean_at, settings.noisy_at)
+            trajectory.record(loss_T[:num], weight_T[:num], division_N, epoch)
+            weight_T = prior_T * pace(relative, epoch, settings)
+    mean = total.divided(counted)
     return Folds(
-        Evidence(of_given.loss, of_swaps.loss),
-        Evidence(-of_given.similarity, -of_swaps.similarity),
-        of_given,
+        Evidence(mean.loss[:num], mean.loss[num:]),
+        Evidence(-mean.similarity[:num], -mean.similarity[num:]),
+        mean.first(num),
         trajectory,
         sum(trainer.heads.scale().item() for trainer in trainers) / len(trainers),
     )
@@ -343,12 +339,7 @@ def train_final(
         The heads; loss and cosine distance, averaged over the later epochs.
     """
     pairs = inputs.pairs
-    together = Pairs(
-        torch.cat([pairs.image_N, planted.image_N]),
-        torch.cat([pairs.caption_N, planted.caption_N]),
-        pairs.num_images,
-        pairs.num_captions,
-    )
+    together = pairs.and_more(planted)
     weights = torch.cat([weight_N, planted_weight_P])
     weights = weights / weights.mean().clamp_min(1e-9)
     plan = Plan.of(len(together), settings)
@@ -394,8 +385,7 @@ def train_final(
 class Trained:
     """Everything the method has learnt, per distinct pair and per known swap, and the final heads.
 
-    `swaps` are the known swaps; `planted` indexes those that sat in the final training, whose evidence stands behind
-    that of the given pairs in `final`.
+    `swaps` are the known swaps that sat in every step of the training.
     """
 
     first: FirstLook
@@ -403,14 +393,12 @@ class Trained:
     final: Final
     model: Model
     swaps: Pairs
-    planted: Tensor
     whole_images: bool
     untrained: Evidence | None = None
 
     def judgement(self, num_candidates: int) -> Judgement:
         """What scoring goes on from: see `score.score_swapped` for the names."""
         first, folds, final = self.first, self.folds, self.final
-        num = len(self.swaps)
         given = columns_of(folds.matches, num_candidates) | {
             "first": first.evidence.given_N,
             "distance": folds.distance.given_N,
@@ -426,8 +414,8 @@ class Trained:
             "first": first.evidence.swaps_S,
             "loss": folds.loss.swaps_S,
             "distance": folds.distance.swaps_S,
-            "final_loss": _placed(final.loss.swaps_S, self.planted, num),
-            "final_distance": _placed(final.distance.swaps_S, self.planted, num),
+            "final_loss": final.loss.swaps_S,
+            "final_distance": final.distance.swaps_S,
         }
         if self.untrained is not None:
             given["zero_shot_loss"] = self.untrained.given_N
@@ -439,13 +427,6 @@ class Trained:
             "num_candidates": num_candidates,
         }
         return Judgement(given, swaps, facts, folds.trajectory, self.model)
-
-
-def _placed(values: Tensor, at: Tensor, num: int) -> Tensor:
-    """Values at their places among `num`, not a number elsewhere."""
-    result = torch.full((num,), float("nan"))
-    result[at] = values
-    return result
 
 
 def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Trained:
@@ -461,81 +442,79 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         TrainingError: a loss is not finite.
     """
     pairs, seed = inputs.pairs, settings.seed
-    image_ID, caption_CD = inputs.image_ID, inputs.caption_CD
     generator = torch.Generator().manual_seed(seed)
     look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
-    group_N = torch.arange(len(pairs))
-    fold_N = assign_folds(group_N, settings.folds, generator)
-    block_N = look_fold_N * settings.folds + fold_N
-    swaps = _known_swaps(pairs, block_N, settings, generator, whole_images=False)
-    untrained = zero_shot(inputs, swaps)
-    first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
-    whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
-    if whole_images:
-        group_N = pairs.image_N
+
+    def look(group_N: Tensor, *, whole_images: bool) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
         fold_N = assign_folds(group_N, settings.folds, generator)
         block_N = look_fold_N * settings.folds + fold_N
-        swaps = _known_swaps(pairs, block_N, settings, generator, whole_images=True)
+        swaps, place_S = _planted(pairs, block_N, settings, generator, whole_images=whole_images)
         untrained = zero_shot(inputs, swaps)
-        first = joined(first_look(image_ID, caption_CD, pairs, swaps, look_fold_N, settings), untrained)
-    prior_N = (1 - first.posterior_N).clamp_min(MIN_WEIGHT)
-    trusted_N = torch.zeros(len(pairs), dtype=torch.bool) if inputs.trusted_N is None else inputs.trusted_N
-    prior_N[trusted_N] = 1.0
-    folds = train_folds(inputs, swaps, prior_N, fold_N, settings, seed, progress)
+        look_fold_T = torch.cat([look_fold_N, look_fold_N[place_S]])
+        first = first_look(inputs.image_ID, inputs.caption_CD, pairs, swaps, look_fold_T, settings)
+        return joined(first, untrained), untrained, swaps, torch.cat([fold_N, fold_N[place_S]])
+
+    first, untrained, swaps, fold_T = look(torch.arange(len(pairs)), whole_images=False)
+    whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
+    if whole_images:
+        first, untrained, swaps, fold_T = look(pairs.image_N, whole_images=True)
+    posterior = first.evidence.posterior(first.rate)
+    prior_T = (1 - torch.cat([posterior.given_N, posterior.swaps_S])).clamp_min(MIN_WEIGHT)
+    num = len(pairs)
+    trusted_N = torch.zeros(num, dtype=torch.bool) if inputs.trusted_N is None else inputs.trusted_N
+    prior_T[:num][trusted_N] = 1.0
+    folds = train_folds(inputs, swaps, prior_T, fold_T, settings, seed, progress)
     held_out = combine_held_out(
         first.evidence, folds.loss, folds.distance, pairs.image_N, swaps.image_N, whole_images, seed
     )
-    # Whole groups are planted, so that swapped images stand or fall together as wrong ones do.
-    groups = group_N.unique()
-    chosen = torch.randperm(len(groups), generator=generator)[
-        : max(1, round(settings.planted_share * len(groups)))
-    ]
-    group_of_swap_N = swaps.image_N[: len(pairs)] if whole_images else group_N
-    planted = torch.isin(group_of_swap_N, groups[chosen]).nonzero().squeeze(1)
-    sitting_in = swaps.select(planted)
-    noise = Evidence(held_out.posterior.given_N, held_out.posterior.swaps_S[planted])
-    held_loss = Evidence(folds.loss.given_N, folds.loss.swaps_S[planted])
+    noise = held_out.posterior
     # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions
     # of a wrong image confirm each other, and would be learnt.
     power = 1.0 if whole_images else min(1.0, settings.final_power + held_out.rate.estimate)
     for again in range(settings.final_rounds):
         final = train_final(
             inputs,
-            sitting_in,
+            swaps,
             torch.where(trusted_N, 1.0, (1 - noise.given_N).clamp_min(MIN_WEIGHT) ** power),
             (1 - noise.swaps_S).clamp_min(MIN_WEIGHT) ** power,
             settings,
             seed + 100 + again,
             progress,
         )
-        evidence = fused(held_loss, final.loss, final.loss)
+        evidence = fused(folds.loss, final.loss, final.loss)
         if whole_images:
-            evidence = by_image(evidence, pairs.image_N, sitting_in.image_N)
+            evidence = by_image(evidence, pairs.image_N, swaps.image_N)
         noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
-    return Trained(first, folds, final, model, swaps, planted, whole_images, untrained)
+    return Trained(first, folds, final, model, swaps, whole_images, untrained)
 
 
-def _known_swaps(
+def _planted(
     pairs: Pairs,
     block_N: Tensor,
     settings: TrainSection,
     generator: torch.Generator,
     *,
     whole_images: bool,
-) -> Pairs:
-    """Sets of known swaps within blocks, one behind the other, `settings.known_swaps` or eight sets of them."""
+) -> tuple[Pairs, Tensor]:
+    """Known swaps within blocks in the places of some pairs, and these places, [S].
+
+    Swapped images are planted whole, so that their captions stand or fall together as those of wrong images do.
+    """
     given = (pairs.image_N, pairs.caption_N, pairs.num_captions)
-    images, captions = [], []
-    for _ in range(min(8, math.ceil(settings.known_swaps / len(pairs)))):
-        if whole_images:
-            image_N, caption_N = known_swaps.draw_image_swaps(*given, generator, block_N)
-        else:
-            image_N, caption_N = pairs.image_N, known_swaps.draw_swaps(*given, generator, block_N)
-        _check_swaps(image_N, caption_N)
-        images.append(image_N)
-        captions.append(caption_N)
-    return Pairs(torch.cat(images), torch.cat(captions), pairs.num_images, pairs.num_captions)
+    image_N = pairs.image_N
+    if whole_images:
+        image_N, caption_N = known_swaps.draw_image_swaps(*given, generator, block_N)
+    else:
+        caption_N = known_swaps.draw_swaps(*given, generator, block_N)
+    _check_swaps(image_N, caption_N)
+    group_N = image_N if whole_images else torch.arange(len(pairs))
+    groups = group_N.unique()
+    chosen = torch.randperm(len(groups), generator=generator)
+    chosen = chosen[: max(1, round(settings.planted_share * len(groups)))]
+    place_S = torch.isin(group_N, groups[chosen]).nonzero().squeeze(1)
+    swaps = Pairs(image_N[place_S], caption_N[place_S], pairs.num_images, pairs.num_captions)
+    return swaps, place_S
 
 
 def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:

@@ -14,7 +14,7 @@ from nc_audit.dataset import load_pairs
 from nc_audit.errors import DatasetError, RecipeError
 
 SMALL = (
-    "train.steps=24",
+    "train.steps=160",
     "train.epochs=4",
     "train.first_counted_epoch=2",
     "train.pace_from=2",

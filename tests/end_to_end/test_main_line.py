@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from nc_audit.run import file_digest
 
-QUICK = ["--encoder", "builtin", "--set", "train.steps=48", "--set", "train.epochs=6"]
+QUICK = ["--encoder", "builtin", "--set", "train.steps=120", "--set", "train.epochs=6"]
 TABLES = ["pairs.parquet", "scores.parquet", "tags.parquet", "model/trajectory.parquet"]
 
 

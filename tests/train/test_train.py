@@ -13,7 +13,15 @@ from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 from nc_audit.train import Inputs, check_enough, train
 from nc_audit.train.loop import Plan
-from nc_audit.train.self_paced import Trained, assign_folds, pace, train_folds, train_robustly
+from nc_audit.train.self_paced import (
+    Trained,
+    _planted,
+    assign_folds,
+    first_look,
+    pace,
+    train_folds,
+    train_robustly,
+)
 
 
 def auroc(score: torch.Tensor, planted: Planted) -> float:
@@ -45,8 +53,7 @@ def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, 
 def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
     num = len(planted.pairs)
     assert isinstance(trained.model, Model)
-    assert len(trained.swaps) == num * -(-QUICK.known_swaps // num)
-    assert trained.planted.shape == (round(QUICK.planted_share * num),)
+    assert len(trained.swaps) == round(QUICK.planted_share * num)
 
 
 def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(trained: Trained, planted):
@@ -56,12 +63,12 @@ def test_the_model_carries_encoder_embeddings_to_where_its_heads_put_them(traine
     assert auroc(distance, planted) > 0.9
 
 
-def test_swaps_are_no_given_pairs_and_planted_ones_are_distinct(trained: Trained, planted):
+def test_swaps_are_no_given_pairs_and_keep_to_the_order_of_their_places(trained: Trained, planted):
     pairs, swaps = planted.pairs, trained.swaps
     known = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
     assert not known & set(zip(swaps.image_N.tolist(), swaps.caption_N.tolist(), strict=True))
-    assert torch.equal(swaps.image_N, pairs.image_N.repeat(len(swaps) // len(pairs)))
-    assert (trained.planted.diff() > 0).all()
+    assert (swaps.image_N.diff() >= 0).all()
+    assert set(swaps.image_N.tolist()) <= set(pairs.image_N.tolist())
 
 
 def test_the_trajectory_holds_every_epoch_and_agrees_with_itself(trained: Trained, planted):
@@ -100,18 +107,49 @@ def test_a_pair_is_scored_by_heads_that_never_saw_it():
     swaps = Pairs(pairs.image_N, pairs.caption_N.roll(7), pairs.num_images, pairs.num_captions)
     results = []
     for prior in (torch.ones(num), torch.where(in_fold_0, torch.rand(num), 1.0)):
-        found = train_folds(inputs, swaps, prior, fold, one_epoch, seed)
+        found = train_folds(inputs, swaps, prior.repeat(2), fold.repeat(2), one_epoch, seed)
         results.append((found.loss.given_N, found.loss.swaps_S))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[in_fold_0], other[in_fold_0])
-        assert not torch.isclose(one[~in_fold_0], other[~in_fold_0]).any()
+        assert (one != other)[~in_fold_0].all()
 
 
-def test_known_swaps_score_like_planted_noise(trained: Trained, planted):
-    # Exchangeability: neither kind is much the noisier, out of fold and, for swaps that sat in training, in sample.
+def test_known_swaps_score_like_real_noise(trained: Trained, planted):
+    # Exchangeability: neither kind is much the noisier, out of fold and in sample.
     noisy = planted.is_noisy_N
-    for evidence in (trained.folds.loss, trained.final.loss):
-        assert swaps_auroc(evidence.given_N[noisy], evidence.swaps_S) == pytest.approx(0.5, abs=0.15)
+    for evidence in (trained.first.evidence, trained.folds.loss, trained.final.loss):
+        assert swaps_auroc(evidence.given_N[noisy], evidence.swaps_S) == pytest.approx(0.5, abs=0.1)
+
+
+def classes_of_images(seed: int) -> tuple[torch.Tensor, torch.Tensor, Pairs, torch.Tensor]:
+    """Images and captions around 20 classes each, four fifths of the captions mixed up: embeddings, pairs, noise."""
+    generator = torch.Generator().manual_seed(seed)
+    class_I, image_N = torch.arange(200) % 20, torch.arange(200).repeat_interleave(3)
+    centres = torch.randn(2, 20, 48, generator=generator)
+    image_ID = centres[0, class_I] + torch.randn(200, 48, generator=generator)
+    caption_CD = centres[1, class_I[image_N]] + torch.randn(600, 48, generator=generator)
+    caption_N = torch.arange(600)
+    chosen = torch.randperm(600, generator=generator)[:480]
+    caption_N[chosen] = chosen[torch.randperm(480, generator=generator)]
+    return image_ID, caption_CD, Pairs(image_N, caption_N, 200, 600), image_N[caption_N] != image_N
+
+
+def test_swaps_score_like_noise_where_few_pairs_are_mostly_noise():
+    # Weights carry what a held-out pair looks like to those that are fitted on. Swaps that had no part in them scored
+    # noisier than noise here (AUROC .59), and the rate came out at .58 for .79.
+    exchange, rates = [], []
+    settings = TrainSection(first_look_dims=(32,))  # type: ignore[call-arg]
+    for seed in range(6):
+        image_ID, caption_CD, pairs, is_noisy_N = classes_of_images(seed)
+        generator = torch.Generator().manual_seed(seed)
+        fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
+        swaps, place_S = _planted(pairs, fold_N, settings, generator, whole_images=False)
+        fold_T = torch.cat([fold_N, fold_N[place_S]])
+        found = first_look(image_ID, caption_CD, pairs, swaps, fold_T, settings)
+        exchange.append(swaps_auroc(found.evidence.given_N[is_noisy_N], found.evidence.swaps_S))
+        rates.append(found.rate - float(is_noisy_N.double().mean()))
+    assert sum(exchange) / 6 == pytest.approx(0.5, abs=0.03)
+    assert sum(rates) / 6 == pytest.approx(0.0, abs=0.08)
 
 
 def test_everything_is_finite(trained: Trained):
@@ -176,10 +214,10 @@ def test_whole_image_noise_is_noticed_and_images_are_planted_whole():
     found = train_robustly(inputs, QUICK)
     assert found.whole_images is True
     assert auroc(found.folds.loss.given_N, struck) > 0.9
-    chosen = found.swaps.image_N[found.planted].unique()
+    chosen = found.swaps.image_N.unique()
     per_image = torch.bincount(struck.pairs.image_N)
     assert len(chosen) == round(QUICK.planted_share * len(per_image))
-    assert len(found.planted) == per_image[chosen].sum(), "an image's swaps are planted together"
+    assert len(found.swaps) == per_image[chosen].sum(), "an image's swaps are planted together"
 
 
 @pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])
@@ -280,8 +318,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
         train_folds(
             inputs,
             small.pairs,
-            torch.ones(num),
-            torch.arange(num) % 3,
+            torch.ones(2 * num),
+            torch.arange(num).repeat(2) % 3,
             settings,
             0,
         )
