@@ -5,6 +5,8 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -1059,7 +1061,24 @@ def _share(text: str) -> float:
 
 def main() -> None:
     """Entry point of the `nc-audit` command."""
-    # Threads that wait by spinning take the processor from every other job that shares it, and from each other. The
+    # Threads that wait by spinning take the processor from every other job that shares it, and from each other; those
+    # that sleep at once are late for the next of many small products. So they spin for microseconds, then sleep. The
     # maths library reads this when it is first loaded, so it must stand before any command imports it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.set_threshold(
+        100_000
+    )  # importing torch makes next to no garbage, and looking for it takes half a second
+    try:
+        app()
+    except SystemExit as end:
+        if "torch" not in sys.modules or not isinstance(end.code, int | None):
+            raise
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            raise end from None
+        # What was registered for the end is done; taking torch apart, for a second, is left to the system.
+        atexit._run_exitfuncs()
+        os._exit(end.code or 0)

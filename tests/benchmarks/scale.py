@@ -83,7 +83,7 @@ def main() -> None:
     for size in sizes:
         same = ["--dims", str(asked.dims), "--per-image", str(asked.per_image), "--noise", str(asked.noise)]
         # as the command line sets it, so that other work on the machine costs no more than its share
-        waiting = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"} | os.environ
         subprocess.run(
             [sys.executable, __file__, "--one", "--pairs", str(size), *same], check=True, env=waiting
         )
