@@ -1066,9 +1066,8 @@ def main() -> None:
     # maths library reads this when it is first loaded, so it must stand before any command imports it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    gc.set_threshold(
-        100_000
-    )  # importing torch makes next to no garbage, and looking for it takes half a second
+    # Importing torch makes next to no garbage, and looking for it takes half a second.
+    gc.set_threshold(100_000)
     try:
         app()
     except SystemExit as end:

@@ -16,7 +16,7 @@ import nc_audit
 PACKAGE = Path(nc_audit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions"}
+ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions", "hub"}
 """What every module may import, itself aside."""
 
 ALSO = {
@@ -79,6 +79,7 @@ FOUNDATION = {
     "run": {"errors", "schema", "decisions", ""},
     "recipe": {"errors", "run"},
     "decisions": {"errors"},
+    "hub": set(),
     "model": {"errors", "run", "methods"},
 }
 """What the modules that everybody may import may import themselves; "" is the package's own name and version."""

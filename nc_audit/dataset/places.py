@@ -6,20 +6,17 @@ import glob
 import json
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nc_audit.dataset.remote import is_remote, mirror
 from nc_audit.errors import DatasetError
+from nc_audit.hub import refusal
 
 _HUB = re.compile(r"hf:([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?")
 _BUCKET = re.compile(r"(s3a?|gs|gcs|hf|az|abfss?|https?|ftp|hdfs):/+", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-_PATIENCE = 1.5
 _WHERE = "name a folder or a file with captions and images"
 
 
@@ -119,20 +116,20 @@ def _of_hub(spec: str, *, allow_network: bool) -> Place:
     cached = _cached(Path(constants.HF_HUB_CACHE), repository, revision, any_revision=found[2] is None)
     gap = None if cached is None else _gap(cached)
     by_hand = f"fetch it where there is a network: hf download --repo-type dataset {repository}"
-    refusal = None
+    why_not = None
     if cached is None or gap or allow_network:
         # Offline is told first: there --allow-network would be no help.
         may_ask = allow_network or constants.HF_HUB_OFFLINE
-        refusal = _refusal(repository) if may_ask else "--allow-network is not given"
-    if cached is not None and gap is None and (refusal or not allow_network):
+        why_not = refusal("datasets", repository) if may_ask else "--allow-network is not given"
+    if cached is not None and gap is None and (why_not or not allow_network):
         return Place(cached, name, (f"{spec} is read from the hub's cache, commit {cached.name[:12]}",))
-    if refusal is not None:
+    if why_not is not None:
         state = (
             "is not in the hub's cache" if cached is None else f"is in the hub's cache only in part ({gap})"
         )
         raise DatasetError(
-            f"{spec} {state}, and {refusal}",
-            (f"--allow-network fetches it; or {by_hand}" if refusal.startswith("--") else by_hand)
+            f"{spec} {state}, and {why_not}",
+            (f"--allow-network fetches it; or {by_hand}" if why_not.startswith("--") else by_hand)
             + (f"; or name {cached} itself to read what is there" if cached is not None else ""),
         )
     # A cached commit is completed, not left for a newer one.
@@ -204,35 +201,6 @@ def _cached(cache: Path, repository: str, revision: str, *, any_revision: bool) 
         there = [one for one in snapshots.iterdir() if one.is_dir() and any(one.iterdir())]
         return max(there, key=lambda one: (one.stat().st_mtime_ns, one.name), default=None)
     return None
-
-
-def _refusal(repository: str) -> str | None:
-    """Why the hub cannot serve a dataset right now, None where it can; answers within two seconds."""
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        token = get_token()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        url = f"{constants.ENDPOINT}/api/datasets/{repository}"
-        try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, headers=headers, method="HEAD"), timeout=_PATIENCE
-            ):
-                answer.append(None)
-        except urllib.error.HTTPError as problem:
-            answer.append(f"the hub answers {problem.code} for it")
-        except (OSError, ValueError):
-            answer.append("the hub cannot be reached")
-
-    # A thread, because looking up a host name knows no time limit.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_PATIENCE)
-    return answer[0] if answer else "the hub does not answer"
 
 
 def _fetched(spec: str, repository: str, revision: str) -> Path:

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from nc_audit.errors import EncoderError, nearest
+from nc_audit.hub import refusal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -286,7 +287,7 @@ def _automatic(notes: list[str]) -> tuple[str, str]:
     if weights.cached_file(AUTO_REPOSITORY, AUTO_FILES):
         notes.append(f"encoder: {AUTO}, from the weights in the cache")
         return AUTO, AUTO
-    why_not = weights.hub_refusal(AUTO_REPOSITORY)
+    why_not = refusal("models", AUTO_REPOSITORY)
     if why_not is None:
         notes.append(f"encoder: {AUTO}; its weights (about 600 MB) are fetched from the hub once")
         return AUTO, AUTO

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nc_audit.encoders.weights import autocast, cached_file, digest_of_encoder, hub_refusal
+from nc_audit.encoders.weights import autocast, cached_file, digest_of_encoder
 from nc_audit.errors import EncoderError
+from nc_audit.hub import refusal
 
 if TYPE_CHECKING:
     from nc_audit.encoders import EncoderPlan
@@ -95,7 +96,7 @@ def _repository(name: str) -> str:
     """
     repository = name if "/" in name else f"sentence-transformers/{name}"
     if cached_file(repository, MARKS) is None:
-        why_not = hub_refusal(repository)
+        why_not = refusal("models", repository)
         if why_not is not None:
             raise EncoderError(
                 f"st:{name} is not in the cache, and {why_not}",

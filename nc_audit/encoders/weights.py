@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from nc_audit.errors import EncoderError
+from nc_audit.hub import refusal
 
-HUB_PATIENCE = 1.0  # seconds
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -89,31 +86,6 @@ def cached_file(repository: str, names: Sequence[str]) -> Path | None:
     return None
 
 
-def hub_refusal(repository: str) -> str | None:
-    """Why the hub cannot serve a repository right now, or None where it can; answers within about a second."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(f"{constants.ENDPOINT}/api/models/{repository}", method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=HUB_PATIENCE):
-                answer.append(None)
-        except urllib.error.HTTPError as problem:
-            answer.append(f"the hub answers {problem.code} for {repository}")
-        except (OSError, ValueError):
-            answer.append("the hub cannot be reached")
-
-    # a thread, because looking up a host name knows no time limit
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_PATIENCE)
-    return answer[0] if answer else "the hub does not answer"
-
-
 def hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     """The first of the named files, from the hub's cache or else fetched from the hub.
 
@@ -123,7 +95,7 @@ def hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     found = cached_file(repository, names)
     if found is not None:
         return found
-    why_not = hub_refusal(repository)
+    why_not = refusal("models", repository)
     if why_not is not None:
         raise EncoderError(
             f"the weights of {spec} are not in the cache, and {why_not}",

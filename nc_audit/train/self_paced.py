@@ -13,7 +13,8 @@ Known swaps are planted among the pairs before the first step and treated as the
 trains on a pair is told of it, by the weights of other pairs which it helped to set; swaps that were not there score
 noisier than noise that was, and the fewer the pairs and the more of them noisy, the more so.
 
-Shapes: I = images; C = captions; N = pairs; S = swaps; M = candidates; E = epochs; D = dimensions.
+Shapes: I = images; C = captions; N = given pairs; S = planted swaps; T = N + S, the swaps behind the pairs;
+M = candidates; E = epochs; D = dimensions.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_a_file_the_hub_does_not_serve_and_a_dataset_it_does_not_know_are_one_li
     assert said[0] == "error"
     assert said[1].startswith("hf:owner/name cannot be fetched: ")
     said = ask(tmp_path, hub.url, "hf:owner/unknown")
-    assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub answers 401 for it"
+    assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub answers 401 for owner/unknown"
     said = ask(tmp_path, "http://127.0.0.1:1", "hf:owner/unknown")
     assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub cannot be reached"
 

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 
+from nc_audit import hub
 from nc_audit.encoders import (
     AUTO,
     AUTO_FILES,
@@ -82,7 +83,7 @@ def test_a_hub_that_never_answers_is_given_up_within_two_seconds(monkeypatch, no
             "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
         )
         start = time.monotonic()
-        refusal = weights.hub_refusal("owner/name")
+        refusal = hub.refusal("models", "owner/name")
         assert time.monotonic() - start < 2
     assert refusal in ("the hub does not answer", "the hub cannot be reached")
 
@@ -107,7 +108,7 @@ def test_the_answer_of_the_hub_decides(monkeypatch, no_cache, status, refusal):
         monkeypatch.setattr(
             "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
         )
-        assert weights.hub_refusal("owner/name") == refusal
+        assert hub.refusal("models", "owner/name") == refusal
         thread.join()
 
 

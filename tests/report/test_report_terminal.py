@@ -139,7 +139,7 @@ VT340 = "\x1b[6;20;10t\x1b[?63;1;2;4c"
         ({"TERM": "xterm-ghostty"}, never, Screen("kitty")),
         ({"TERM_PROGRAM": "vscode", "KITTY_WINDOW_ID": "1"}, lambda: "", Screen("blocks")),
         ({"TERM": "tmux-256color", "TERM_PROGRAM": "tmux", "KITTY_WINDOW_ID": "1"}, never, Screen("blocks")),
-        ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux,1,0"}, never, Screen("blocks")),
+        ({"TERM": "xterm-kitty", "TMUX": "socket,1,0"}, never, Screen("blocks")),
         ({"TERM": "screen.xterm-256color", "KITTY_WINDOW_ID": "1"}, never, Screen("blocks")),
         ({"TERM": "xterm-kitty", "STY": "1.pts"}, never, Screen("blocks")),
         ({"TERM": "xterm-256color"}, lambda: VT340, Screen("sixel", 10)),
