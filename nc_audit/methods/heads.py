@@ -79,11 +79,37 @@ class Heads(nn.Module):
         return self.log_scale.clamp(0.0, self.max_log_scale).exp()
 
     @torch.no_grad()
-    def embed(self, image_ID: Tensor, caption_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all images and captions, in evaluation mode: shapes [I, width], [C, width]."""
+    def embed(
+        self,
+        image_ID: Tensor,
+        caption_CD: Tensor,
+        image_at: Tensor | None = None,
+        caption_at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all images and captions, or of those named, in evaluation mode.
+
+        Args:
+            image_ID: what the image head takes in, shape [I, D].
+            caption_CD: what the caption head takes in, shape [C, D'].
+            image_at: indices of the images wanted; all when not given.
+            caption_at: indices of the captions wanted, likewise.
+
+        Returns:
+            Shapes [I, width] and [C, width], or as many rows as are wanted.
+        """
         was_training = self.training
         self.eval()
-        image = torch.cat([self.image(part) for part in image_ID.split(16_384)])
-        caption = torch.cat([self.caption(part) for part in caption_CD.split(16_384)])
+        image = _in_parts(self.image, image_ID, image_at)
+        caption = _in_parts(self.caption, caption_CD, caption_at)
         self.train(was_training)
         return image, caption
+
+
+def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 8_192) -> Tensor:
+    """What a head makes of vectors or of some of them, a part at a time and into one tensor, [N, width]."""
+    num = len(vectors_ND) if at is None else len(at)
+    made = torch.empty(num, head.linear.out_features, device=vectors_ND.device)
+    for start in range(0, num, part):
+        chosen = slice(start, start + part)
+        made[chosen] = head(vectors_ND[chosen] if at is None else vectors_ND[at[chosen]])
+    return made

@@ -73,10 +73,8 @@ class Candidates:
         """`num` random captions and images, or all where there are fewer."""
         caption_M = torch.randperm(pairs.num_captions, generator=generator)[:num].sort().values
         image_M = torch.randperm(pairs.num_images, generator=generator)[:num].sort().values
-        caption_at = torch.full((pairs.num_captions,), -1, dtype=torch.long)
-        caption_at[caption_M] = torch.arange(len(caption_M))
-        image_at = torch.full((pairs.num_images,), -1, dtype=torch.long)
-        image_at[image_M] = torch.arange(len(image_M))
+        caption_at = positions(caption_M, pairs.num_captions)
+        image_at = positions(image_M, pairs.num_images)
         c, i = caption_at[pairs.caption_N], image_at[pairs.image_N]
         return cls(
             caption_M,
@@ -86,6 +84,69 @@ class Candidates:
             caption_at,
             image_at,
         )
+
+    def among(self, image_at: Tensor, caption_at: Tensor) -> Candidates:
+        """The same candidates with images and captions counted among some of them, in increasing order.
+
+        Args:
+            image_at: images that remain, increasing, the candidates among them, shape [I'].
+            caption_at: captions that remain, likewise, shape [C'].
+        """
+
+        def kept(own: tuple[Tensor, Tensor], at: Tensor, num: int) -> tuple[Tensor, Tensor]:
+            place = positions(at, num)[own[0]]
+            return place[place >= 0], own[1][place >= 0]
+
+        num_images, num_captions = len(self.position_of_image_I), len(self.position_of_caption_C)
+        return Candidates(
+            torch.searchsorted(caption_at, self.caption_M),
+            torch.searchsorted(image_at, self.image_M),
+            kept(self.own_caption, image_at, num_images),
+            kept(self.own_image, caption_at, num_captions),
+            self.position_of_caption_C[caption_at],
+            self.position_of_image_I[image_at],
+        )
+
+
+def positions(at: Tensor, num: int) -> Tensor:
+    """Where each of `num` things stands in a selection `at` of distinct ones, shape [num]; -1 for one that is not."""
+    position = torch.full((num,), -1, dtype=torch.long)
+    position[at] = torch.arange(len(at))
+    return position
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sets of pairs to be matched, over those images and captions alone which that takes.
+
+    `image_at` and `caption_at` say which these are, in increasing order; everything else counts among them. `strays`
+    are those of the last set.
+    """
+
+    image_at: Tensor
+    caption_at: Tensor
+    candidates: Candidates
+    sets: tuple[tuple[Tensor, Tensor], ...]
+    strays: Tensor
+
+    @classmethod
+    def of(cls, candidates: Candidates, sets: Sequence[tuple[Tensor, Tensor]], strays: Tensor) -> Asked:
+        """From image and caption indices of each set, and an image of each pair of the last, all among all."""
+        image_at = torch.cat([*(image for image, _ in sets), strays, candidates.image_M]).unique()
+        caption_at = torch.cat([*(caption for _, caption in sets), candidates.caption_M]).unique()
+        image_place = positions(image_at, len(candidates.position_of_image_I))
+        caption_place = positions(caption_at, len(candidates.position_of_caption_C))
+        return cls(
+            image_at,
+            caption_at,
+            candidates.among(image_at, caption_at),
+            tuple((image_place[image], caption_place[caption]) for image, caption in sets),
+            image_place[strays],
+        )
+
+    def match(self, image_ID: Tensor, caption_CD: Tensor, scale: float) -> list[Matches]:
+        """`match` on the vectors of `image_at` and `caption_at`."""
+        return match(image_ID, caption_CD, scale, self.candidates, *self.sets, strays=self.strays)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,17 @@ def nearest_references(
         block: queries at a time; memory is block x R.
 
     Returns:
-        Cosines and indices, each of shape [Q, L].
+        Cosines, and indices as int32, each of shape [Q, L].
     """
     num = min(num, len(reference_RD))
-    found = [(part @ reference_RD.T).topk(num, dim=1) for part in query_QD.split(block)]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+    nearest = query_QD.new_empty(len(query_QD), num)
+    at = torch.empty(len(query_QD), num, dtype=torch.int32)
+    cosine = query_QD.new_empty(min(block, len(query_QD)), len(reference_RD))
+    for start in range(0, len(query_QD), block):
+        part = query_QD[start : start + block]
+        found = torch.mm(part, reference_RD.T, out=cosine[: len(part)]).topk(num, dim=1)
+        nearest[start : start + block], at[start : start + block] = found.values, found.indices
+    return nearest, at
 
 
 def neighbour_distance(

@@ -225,10 +225,14 @@ class Trainer:
             self.optimiser.step()
             self.schedule.step()
 
-    def embed(self) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all images and captions by the heads as they stand: shapes [I, width], [C, width]."""
+    def embed(
+        self, image_at: Tensor | None = None, caption_at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all or some images and captions by the heads as they stand: shapes [I, width], [C, width]."""
         with self._products():
-            return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD)
+            return self.heads.embed(
+                self.inputs.image_head_ID, self.inputs.caption_head_CD, image_at, caption_at
+            )
 
     def matches(self) -> Matches:
         """Every quantity of the trainer's pairs against the fixed candidates, by the heads as they stand."""

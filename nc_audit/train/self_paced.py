@@ -32,7 +32,7 @@ from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import Evidence, fused, worth
-from nc_audit.methods.matching import Matches, Pairs, match
+from nc_audit.methods.matching import Asked, Matches, Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence
 from nc_audit.methods.projections import principal_projection
 from nc_audit.methods.uncertainty import chance_loss
@@ -51,6 +51,7 @@ from nc_audit.train.loop import (
 )
 
 MIN_WEIGHT = 0.001
+_MOST_FITTED = 65_536  # pairs of a Gaussian in the first look, evenly drawn
 
 
 def assign_folds(group_N: Tensor, num_folds: int, generator: torch.Generator) -> Tensor:
@@ -132,7 +133,7 @@ def _variation_rounds(
     for _ in range(settings.first_look_rounds):
         for fold in range(int(fold_T.max()) + 1):
             outside = (fold_T != fold).nonzero().squeeze(1)
-            fit = outside[:: max(1, math.ceil(len(outside) / 200_000))]
+            fit = outside[:: max(1, math.ceil(len(outside) / _MOST_FITTED))]
             dependence = GaussianDependence(
                 image_IK[together.image_N[fit]],
                 caption_CK[together.caption_N[fit]],
@@ -228,6 +229,16 @@ def train_folds(
     num_folds = int(fold_T.max()) + 1
     stray_S = inputs.pairs.carrier_of_captions()[swaps.caption_N]
     inside = [(fold_T == k).nonzero().squeeze(1) for k in range(num_folds)]
+    # by fold, its given pairs and its swaps: their places, and what it takes to match them
+    places = [(at[at < num], at[at >= num]) for at in inside]
+    asked = [
+        Asked.of(
+            candidates,
+            [(together.image_N[some], together.caption_N[some]) for some in (given, swapped)],
+            stray_S[swapped - num],
+        )
+        for given, swapped in places
+    ]
     outside = [(fold_T != k).nonzero().squeeze(1) for k in range(num_folds)]
     plan = Plan.of(min(len(o) for o in outside), settings)
     chance = chance_loss(len(candidates.caption_M))
@@ -260,13 +271,9 @@ def train_folds(
                 trainer.run_epoch(partial(weighted, trainer, train_weight))
                 if not is_scored:
                     continue
-                image, caption = trainer.embed()
-                scale = trainer.heads.scale().item()
-                at = inside[k]
-                given, swapped = at[at < num], at[at >= num]
-                asked = [(together.image_N[some], together.caption_N[some]) for some in (given, swapped)]
-                found = match(image, caption, scale, candidates, *asked, strays=stray_S[swapped - num])
-                for some, one in zip((given, swapped), found, strict=True):
+                vectors = trainer.embed(asked[k].image_at, asked[k].caption_at)
+                found = asked[k].match(*vectors, trainer.heads.scale().item())
+                for some, one in zip(places[k], found, strict=True):
                     loss_T[some] = one.loss
                     if counts:
                         total.add_(some, one)

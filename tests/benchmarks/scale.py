@@ -32,10 +32,16 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str
     num_images = num_pairs // per_image
     latent = torch.randn(num_images, 64, generator=generator)
     true_image = torch.arange(num_pairs) // per_image
-    image = latent @ torch.randn(64, dims, generator=generator)
-    image += 4 * torch.randn(image.shape, generator=generator)
-    caption = (latent @ torch.randn(64, dims, generator=generator))[true_image]
-    caption += 4 * torch.randn(caption.shape, generator=generator)
+
+    def seen(latent_index: torch.Tensor) -> torch.Tensor:
+        """Noisy embeddings of one side, made a part at a time, so that making them is not what takes the memory."""
+        mixing = torch.randn(64, dims, generator=generator)
+        made = torch.empty(len(latent_index), dims)
+        for at in torch.arange(len(latent_index)).split(65_536):
+            made[at] = latent[latent_index[at]] @ mixing + 4 * torch.randn(len(at), dims, generator=generator)
+        return made
+
+    image, caption = seen(torch.arange(num_images)), seen(true_image)
     moved = torch.arange(num_pairs)
     chosen = torch.randperm(num_pairs, generator=generator)[: int(noise * num_pairs)]
     moved[chosen] = chosen[torch.randperm(len(chosen), generator=generator)]
