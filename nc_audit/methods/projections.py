@@ -24,7 +24,10 @@ class Projection:
         """The projected vectors, shape [N, K]; the very tensor where nothing changes."""
         if self.is_identity:
             return vectors_ND
-        return (vectors_ND - self.mean) @ self.matrix
+        projected = vectors_ND.new_empty(len(vectors_ND), self.matrix.shape[1])
+        for part, made in zip(vectors_ND.split(65_536), projected.split(65_536), strict=True):
+            torch.mm(part - self.mean, self.matrix, out=made)
+        return projected
 
     @classmethod
     def identity(cls, num: int) -> Projection:
