@@ -373,6 +373,7 @@ def train_final(
                 vectors, scale = trainer.embed(), heads.scale().item()
                 asked = [(one.image_N, one.caption_N) for one in (pairs, planted)]
                 of_given, of_planted = match(*vectors, scale, inputs.candidates, *asked, strays=stray_P)
+                del vectors  # not kept while the next ones are made
                 loss += torch.cat([of_given.loss, of_planted.loss])
                 distance -= torch.cat([of_given.similarity, of_planted.similarity])
                 counted += 1
