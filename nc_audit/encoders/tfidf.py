@@ -20,7 +20,7 @@ from nc_audit.encoders.weights import digest_of_encoder
 
 DIMS = 384
 NUM_TERMS = 1 << 16  # per kind of n-gram, the most frequent ones
-NUM_FITTED = 100_000  # captions that vocabulary and reduction are learnt from
+NUM_FITTED = 50_000  # captions that vocabulary and reduction are learnt from
 CHARACTER_WEIGHT = 0.5
 CHUNK = 50_000
 SPACELESS = (
