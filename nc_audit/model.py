@@ -6,7 +6,7 @@ Shapes: I = images; C = captions; D = dimensions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,10 @@ class Model:
 
         return normalize(image, dim=1), normalize(caption, dim=1)
 
+    def to(self, device: str) -> Model:
+        """The same with heads on a device; what they make of vectors then lies there."""
+        return self if self.heads is None else replace(self, heads=self.heads.to(device))
+
     def save(self, path: Path) -> None:
         """Write the model atomically."""
         from safetensors.torch import save_file
@@ -88,7 +92,7 @@ class Model:
             )
             heads.eval()
         image, caption = (
-            Projection(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
+            Projection.of(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
             for side in ("image", "caption")
         )
         return cls(heads, image, caption)

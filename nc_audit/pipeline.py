@@ -49,10 +49,6 @@ if TYPE_CHECKING:
     from nc_audit.train import Trajectory
 
 STAGES = ("load", "embed", "train", "score", "tag")
-NEED_TRUSTED = ("chnr",)
-"""Methods that cannot do without pairs known to be right, and also learn from those people kept."""
-USE_TRUSTED = (*NEED_TRUSTED, "self_paced")
-"""Methods that learn from pairs known to be right."""
 
 
 class Watcher(Protocol):
@@ -206,9 +202,9 @@ class _Audit:
         if stage == "train":
             known = [recipe.train.settings_in_use(), recipe.score.candidates]
             file = recipe.dataset.trusted
-            if recipe.train.method in NEED_TRUSTED or (recipe.train.method in USE_TRUSTED and file):
+            if recipe.train.needs_trusted or (recipe.train.uses_trusted and file):
                 known.append(file_digest(Path(file)) if file and Path(file).is_file() else file)
-            if recipe.train.method in NEED_TRUSTED:
+            if recipe.train.needs_trusted:
                 known.append(self.run.decided("keep"))
             return known
         if stage == "score":
@@ -347,11 +343,11 @@ class _Audit:
         """Which distinct pairs are known to be right, by --trusted or by people's decisions; None where none are."""
         import torch
 
-        if self.recipe.train.method not in USE_TRUSTED:
+        if not self.recipe.train.uses_trusted:
             if self.recipe.dataset.trusted is not None:
                 self.watch.warn(f"--trusted is not used by the method {self.recipe.train.method}")
             return None
-        vouched = set(self.run.decided("keep")) if self.recipe.train.method in NEED_TRUSTED else set()
+        vouched = set(self.run.decided("keep")) if self.recipe.train.needs_trusted else set()
         file = self.recipe.dataset.trusted
         if file is not None:
             trusted = read_trusted(Path(file), self.run.table("pairs"))
@@ -421,6 +417,7 @@ class _Audit:
             self.recipe.score.candidates,
             logit_scale=self.embeddings.logit_scale,
             precision=self.encoder_plan.precision,
+            device=settings.place(self.encoder_plan.device),
             trusted_N=self.trusted,
             **self.tokens,
         )
@@ -477,7 +474,8 @@ class _Audit:
         given = _tensors(folder / "evidence.parquet")
         self.watch.progress("score", 0, 2)
         with torch.inference_mode():
-            vectors = Model.load(folder / "heads.safetensors").embed(*self.inputs)
+            model = Model.load(folder / "heads.safetensors")
+            vectors = model.to(self.recipe.train.place(self.encoder_plan.device)).embed(*self.inputs)
             rate, judged = judge(
                 given,
                 _tensors(folder / "swaps.parquet"),
@@ -520,7 +518,7 @@ class _Audit:
             "searched": str(num_searched(pairs, settings)),
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
-        findings, capped = self._findings(table, *vectors)
+        findings, capped = self._findings(table, *(one.cpu() for one in vectors))
         self.run.write_table("findings", findings)
         self.watch.progress("score", 2, 2)
         return {"scores.parquet": len(table), "findings.parquet": len(findings)}, {

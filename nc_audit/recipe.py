@@ -297,6 +297,20 @@ class TrainSection(_Section):
         sections = {name for name in type(self).model_fields if isinstance(getattr(self, name), _Section)}
         return self.model_dump(mode="json", exclude=sections - mine)
 
+    @property
+    def needs_trusted(self) -> bool:
+        """Whether the method cannot do without pairs known to be right, and also learns from those people kept."""
+        return self.method == "chnr"
+
+    @property
+    def uses_trusted(self) -> bool:
+        """Whether the method learns from pairs known to be right."""
+        return self.needs_trusted or self.method == "self_paced"
+
+    def place(self, device: str) -> str:
+        """Where heads train and pairs are scored: on the device by the default method, on the processor by others."""
+        return device if self.method == "self_paced" else "cpu"
+
     @model_validator(mode="after")
     def _ordered(self) -> TrainSection:
         if self.clean_at >= self.noisy_at:

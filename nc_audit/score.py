@@ -26,7 +26,7 @@ from nc_audit.calibrate import (
 )
 from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import Evidence, carried_over, fused, worth
-from nc_audit.methods.matching import Pairs
+from nc_audit.methods.matching import Pairs, positions
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
 
@@ -74,7 +74,9 @@ def ask_neighbours(
     if not len(reference):
         nothing = Evidence(torch.zeros(len(pairs)), torch.zeros(len(planted)))
         return Neighbourhood(nothing, nothing)
-    trust = trust_N[order]
+    device = image_ID.device
+    trust = trust_N[order].to(device)
+    reference, pairs, planted = (one.to(device) for one in (reference, pairs, planted))
     reference_image, reference_caption = image_ID[reference.image_N], caption_CD[reference.caption_N]
     # What is near depends on the image (or the caption) alone, so each distinct one looks once. More are looked up than
     # vote, for those of the own image are left out.
@@ -97,7 +99,7 @@ def ask_neighbours(
             cosine, at = near_caption[0][caption], near_caption[1][caption]
             excluded = reference.image_N[at] == image[:, None]
             by_caption.append(ask(cosine, at, excluded, image_ID[image], reference_image, trust))
-        return torch.cat(by_image), torch.cat(by_caption)
+        return torch.cat(by_image).cpu(), torch.cat(by_caption).cpu()
 
     given, swaps = distances(pairs), distances(planted)
     return Neighbourhood(Evidence(given[0], swaps[0]), Evidence(given[1], swaps[1]))
@@ -137,22 +139,23 @@ def look_up(
         generator: draws them.
         block: queries at a time; memory is block x candidates.
     """
-    num_others = len(other_OD)
+    num_others, device = len(other_OD), other_OD.device
+    query_N, other_N = query_N.to(device), other_N.to(device)
     candidate_M = torch.arange(num_others)
     if num_others > num_candidates:
         candidate_M = torch.randperm(num_others, generator=generator)[:num_candidates].sort().values
-    position = torch.full((num_others,), -1, dtype=torch.long)
-    position[candidate_M] = torch.arange(len(candidate_M))
+    position = positions(candidate_M, num_others).to(device)
+    candidate_M = candidate_M.to(device)
     candidates_MD = other_OD[candidate_M]
     order = query_N.argsort(stable=True)
     ordered_query = query_N[order]
-    rank = torch.ones(len(query_N), dtype=torch.int32)
-    best = torch.full((len(query_N),), -1, dtype=torch.long)
-    margin = torch.full((len(query_N),), float("nan"))
+    rank = torch.ones(len(query_N), dtype=torch.int32, device=device)
+    best = torch.full((len(query_N),), -1, dtype=torch.long, device=device)
+    margin = torch.full((len(query_N),), float("nan"), device=device)
     cosines = query_QD.new_empty(min(block, len(query_QD)), len(candidates_MD))
     for start in range(0, len(query_QD), block):
         part = query_QD[start : start + block]
-        low, high = torch.searchsorted(ordered_query, torch.tensor([start, start + len(part)])).tolist()
+        low, high = torch.searchsorted(ordered_query, query_N.new_tensor([start, start + len(part)])).tolist()
         if low == high:
             continue
         at = order[low:high]
@@ -166,9 +169,9 @@ def look_up(
         top, top_at = cosine.max(1)
         best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
         margin[at] = torch.where(torch.isfinite(top), top, torch.nan)[asking] - own_cosine
-        for some in torch.arange(len(at)).split(256):
+        for some in torch.arange(len(at), device=device).split(256):
             rank[at[some]] += _count_above(cosine[asking[some]], own_cosine[some])
-    return LookUp(rank, best, margin)
+    return LookUp(rank.cpu(), best.cpu(), margin.cpu())
 
 
 def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:
     that no byte overflows: six times as fast.
     """
     num, num_values = values_BM.shape
-    is_above = torch.zeros(num, -(-num_values // 1024) * 1024, dtype=torch.bool)
+    is_above = values_BM.new_zeros(num, -(-num_values // 1024) * 1024, dtype=torch.bool)
     is_above[:, :num_values] = values_BM > bound_B[:, None]
     by_byte = is_above.view(torch.int64).view(num, -1, 128).sum(2).view(torch.uint8)
     return by_byte.sum(1, dtype=torch.int32)
@@ -203,8 +206,8 @@ def judge(
         given: quantities of the given pairs (`train.Judgement.given`).
         swaps: those of the known swaps; `image` and `caption` hold what is put together. Empty for a method without
             swaps.
-        image_ID: unit vectors of all images by the final heads, shape [I, D].
-        caption_CD: unit vectors of all captions by the final heads, shape [C, D].
+        image_ID: unit vectors of all images by the final heads, shape [I, D], on any device.
+        caption_CD: unit vectors of all captions by the final heads, shape [C, D], on the same.
         pairs: the given pairs.
         settings: the recipe's `score` section.
         seed: draws the bootstrap and the reference pairs.
@@ -294,8 +297,8 @@ def look_around(
     """Where each pair stands among all captions and images, and what fits better.
 
     Args:
-        image_ID: unit vectors of all images by the final heads, shape [I, D].
-        caption_CD: unit vectors of all captions by the final heads, shape [C, D].
+        image_ID: unit vectors of all images by the final heads, shape [I, D], on any device.
+        caption_CD: unit vectors of all captions by the final heads, shape [C, D], on the same.
         pairs: the given pairs.
         settings: the recipe's `score` section.
         seed: draws the candidates where there are more than are searched.

@@ -22,8 +22,6 @@ from nc_audit.recipe import Recipe
 from nc_audit.score import judge
 from nc_audit.train import Inputs, train
 
-NEED_TRUSTED = ("chnr",)
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,6 +41,7 @@ def run_recipe(
     *,
     logit_scale: float | None = None,
     precision: str = "fp32",
+    device: str = "cpu",
     trusted_share: float = 0.2,
     tokens: Callable[[Corrupted], dict[str, Tensor]] | None = None,
 ) -> Verdict:
@@ -53,13 +52,15 @@ def run_recipe(
         recipe: its `train` and `score` sections count.
         logit_scale: of aligned encoders.
         precision: heads may multiply in, `fp32` or `bf16`.
+        device: where heads may train.
         trusted_share: share of the truly clean pairs that is handed to methods which need trusted pairs, 0..1.
         tokens: local embeddings of the pairs, for methods that use them.
     """
+    place = recipe.train.place(device)
     local = tokens(corrupted) if tokens and uses_tokens(recipe) else {}
     start = time.perf_counter()
     trusted = np.zeros(len(corrupted.pairs), bool)
-    if recipe.train.method in NEED_TRUSTED:
+    if recipe.train.needs_trusted:
         clean = np.flatnonzero(~corrupted.known_noise_P)
         pick = np.random.default_rng(recipe.train.seed).permutation(len(clean))
         trusted[clean[pick[: round(trusted_share * len(clean))]]] = True
@@ -71,12 +72,13 @@ def run_recipe(
         recipe.score.candidates,
         logit_scale=logit_scale,
         precision=precision,
+        device=place,
         trusted_N=torch.from_numpy(trusted) if trusted.any() else None,
         **local,
     )
     judgement = train(inputs, recipe.train)
     with torch.inference_mode():
-        vectors = judgement.model.embed(corrupted.image_ID, corrupted.caption_CD)
+        vectors = judgement.model.to(place).embed(corrupted.image_ID, corrupted.caption_CD)
         rate, columns = judge(
             judgement.given,
             judgement.swaps,
@@ -87,7 +89,9 @@ def run_recipe(
             whole_images=bool(judgement.facts.get("whole_images", False)),
         )
     seconds = time.perf_counter() - start
-    return Verdict(rate, judgement.given | columns, judgement.model, judgement.facts, trusted, seconds)
+    return Verdict(
+        rate, judgement.given | columns, judgement.model.to("cpu"), judgement.facts, trusted, seconds
+    )
 
 
 def uses_tokens(recipe: Recipe) -> bool:

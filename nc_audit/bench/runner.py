@@ -23,7 +23,7 @@ from nc_audit import __version__
 from nc_audit.bench.corpus import Corpus, Corrupted, Split
 from nc_audit.bench.downstream import downstream
 from nc_audit.bench.inject import KINDS, MAX_RATE, RULES
-from nc_audit.bench.measure import NEED_TRUSTED, Verdict, detection, run_recipe
+from nc_audit.bench.measure import Verdict, detection, run_recipe
 from nc_audit.bench.retrieval import recall_at_k
 from nc_audit.dataset import ImageStore, check_exists, load_pairs
 from nc_audit.embed import EmbeddingStore
@@ -220,6 +220,7 @@ def bench(
                 recipe,
                 logit_scale=encoders.logit_scale,
                 precision=plan.precision,
+                device=plan.device,
                 trusted_share=grid.trusted_share,
                 tokens=corpus.tokens,
             )
@@ -256,7 +257,7 @@ def _what_counts(recipe: Recipe, grid: Grid) -> list[Any]:
         score,
         recipe.tag.model_dump(mode="json"),
         grid.with_downstream,
-        grid.trusted_share if recipe.train.method in NEED_TRUSTED else None,
+        grid.trusted_share if recipe.train.needs_trusted else None,
     ]
 
 

@@ -108,8 +108,9 @@ class Heads(nn.Module):
 def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 8_192) -> Tensor:
     """What a head makes of vectors or of some of them, a part at a time and into one tensor, [N, width]."""
     num = len(vectors_ND) if at is None else len(at)
-    made = torch.empty(num, head.linear.out_features, device=vectors_ND.device)
+    device = head.linear.weight.device
+    made = torch.empty(num, head.linear.out_features, device=device)
     for start in range(0, num, part):
         chosen = slice(start, start + part)
-        made[chosen] = head(vectors_ND[chosen] if at is None else vectors_ND[at[chosen]])
+        made[chosen] = head((vectors_ND[chosen] if at is None else vectors_ND[at[chosen]]).to(device))
     return made

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class Pairs:
         images, captions = [self.image_N, more.image_N], [self.caption_N, more.caption_N]
         return Pairs(torch.cat(images), torch.cat(captions), self.num_images, self.num_captions)
 
+    def to(self, device: str | torch.device) -> Pairs:
+        """The same with its indices on a device."""
+        return replace(self, image_N=self.image_N.to(device), caption_N=self.caption_N.to(device))
+
     def select(self, at: Tensor) -> Pairs:
         """Some of the pairs, over the same images and captions."""
         return Pairs(self.image_N[at], self.caption_N[at], self.num_images, self.num_captions)
@@ -83,6 +87,20 @@ class Candidates:
             (pairs.caption_N[i >= 0], i[i >= 0]),
             caption_at,
             image_at,
+        )
+
+    def to(self, device: str | torch.device) -> Candidates:
+        """The same on a device."""
+        own_caption, own_image = (
+            (query.to(device), position.to(device)) for query, position in (self.own_caption, self.own_image)
+        )
+        return Candidates(
+            self.caption_M.to(device),
+            self.image_M.to(device),
+            own_caption,
+            own_image,
+            self.position_of_caption_C.to(device),
+            self.position_of_image_I.to(device),
         )
 
     def among(self, image_at: Tensor, caption_at: Tensor) -> Candidates:
@@ -144,6 +162,16 @@ class Asked:
             image_place[strays],
         )
 
+    def to(self, device: str | torch.device) -> Asked:
+        """The same on a device."""
+        return Asked(
+            self.image_at.to(device),
+            self.caption_at.to(device),
+            self.candidates.to(device),
+            tuple((image.to(device), caption.to(device)) for image, caption in self.sets),
+            self.strays.to(device),
+        )
+
     def match(self, image_ID: Tensor, caption_CD: Tensor, scale: float) -> list[Matches]:
         """`match` on the vectors of `image_at` and `caption_at`."""
         return match(image_ID, caption_CD, scale, self.candidates, *self.sets, strays=self.strays)
@@ -170,6 +198,10 @@ class Matches:
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.similarity, self.loss, self.energy, self.image_entropy, self.caption_entropy
+
+    def to(self, device: str | torch.device) -> Matches:
+        """The same on a device."""
+        return Matches(*(mine.to(device) for mine in self._tensors()))
 
     def add_(self, at_B: Tensor, more: Matches) -> None:
         """Add `more` (B pairs) at the places `at_B`, in place."""
@@ -213,7 +245,7 @@ def _one_side(
         logits = (
             (scale * part) @ candidate_MD.T if transform is None else scale * transform(part @ candidate_MD.T)
         )
-        low, high = torch.searchsorted(query, torch.tensor([start, start + len(part)])).tolist()
+        low, high = torch.searchsorted(query, query.new_tensor([start, start + len(part)])).tolist()
         logits[query[low:high] - start, position[low:high]] = _MASKED
         top = logits.amax(1)
         share = (logits - top[:, None]).exp_()

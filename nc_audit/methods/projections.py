@@ -30,6 +30,13 @@ class Projection:
         return projected
 
     @classmethod
+    def of(cls, mean: Tensor, matrix: Tensor) -> Projection:
+        """A projection read back from its tensors; where it changes nothing it is known as such."""
+        rows, columns = matrix.shape
+        is_identity = rows == columns and not mean.any() and torch.equal(matrix, torch.eye(rows))
+        return cls(mean, matrix, is_identity)
+
+    @classmethod
     def identity(cls, num: int) -> Projection:
         """Vectors as they are."""
         return cls(torch.zeros(num), torch.eye(num), is_identity=True)

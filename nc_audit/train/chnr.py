@@ -54,6 +54,7 @@ from nc_audit.train.loop import (
     Trajectory,
     columns_of,
     new_heads,
+    seeded,
     silent,
 )
 
@@ -197,8 +198,7 @@ def train_discriminator(
     per_pass = max(1, len(trusted_T) // settings.discriminator_batch)
     real: list[Tensor] = []
     fake: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 20)
+    with seeded(seed + 20):
         network = Discriminator(
             image_IV.shape[1] + caption_CV.shape[1],
             settings.discriminator_hidden,
@@ -310,8 +310,7 @@ def train_hash_heads(
         TrainingError: the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed + 30)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 30)
+    with seeded(seed + 30):
         heads = HashHeads(
             image_IV.shape[1], caption_CV.shape[1], settings.bits, settings.hidden, 1 / settings.temperature
         )
@@ -392,8 +391,7 @@ def _train_plain_heads(
     plan, pairs = Plan.of(len(inputs.pairs), settings), inputs.pairs
     meta = int(settings.chnr.meta_share * plan.epochs)
     in_meta_N = torch.zeros(len(pairs)).index_fill_(0, trusted_T, 1.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed + 30)
+    with seeded(settings.seed + 30):
         trainer = Trainer(
             new_heads(inputs, settings),
             inputs,

@@ -6,6 +6,7 @@ Shapes: I = images; C = captions; N = pairs; B = batch; E = epochs; D = dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Inputs:
         candidates: the fixed captions and images every pair is scored against.
         logit_scale: of aligned encoders, whose cosine means something untrained; None where they are not aligned.
         precision: heads may multiply in while they train, `fp32` or `bf16`; what they give is float32 either way.
+        device: where heads train; what they take in lies there, everything else on the processor.
         trusted_N: pairs known to be right, bool [N]; None where none are known.
         image_tokens: local embeddings of images, shape [I, T, K], all-zero tokens are padding; None where the
             encoder has none.
@@ -61,6 +63,7 @@ class Inputs:
     candidates: Candidates
     logit_scale: float | None = None
     precision: str = "fp32"
+    device: str = "cpu"
     trusted_N: Tensor | None = None
     image_tokens: Tensor | None = None
     caption_tokens: Tensor | None = None
@@ -73,6 +76,7 @@ class Inputs:
         pairs: Pairs,
         settings: TrainSection,
         num_candidates: int,
+        device: str = "cpu",
         **more: Any,
     ) -> Inputs:
         """Inputs from embeddings: head inputs are principal components, half whitened."""
@@ -86,12 +90,13 @@ class Inputs:
         return cls(
             image_ID,
             caption_CD,
-            image(image_ID),
-            caption(caption_CD),
+            image(image_ID).to(device),
+            caption(caption_CD).to(device),
             image,
             caption,
             pairs,
             Candidates.draw(pairs, num_candidates, generator),
+            device=device,
             **more,
         )
 
@@ -131,8 +136,8 @@ class Plan:
 
 
 def new_heads(inputs: Inputs, settings: TrainSection, input_dropout: float | None = None) -> Heads:
-    """Untrained heads for these inputs; the caller has seeded torch."""
-    return Heads(
+    """Untrained heads for these inputs, where these lie; the caller has seeded torch."""
+    heads = Heads(
         inputs.image_head_ID.shape[1],
         inputs.caption_head_CD.shape[1],
         settings.width,
@@ -142,6 +147,17 @@ def new_heads(inputs: Inputs, settings: TrainSection, input_dropout: float | Non
         settings.log_scale,
         settings.max_scale,
     )
+    return heads.to(inputs.device)
+
+
+@contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Torch's random numbers from a seed, on the processor and on the device, which go on as before afterwards."""
+    where = torch.device(device)
+    others = [] if where.type == "cpu" else [where]
+    with torch.random.fork_rng(devices=others, device_type="cuda" if not others else where.type):
+        torch.manual_seed(seed)
+        yield
 
 
 class Trainer:
@@ -172,7 +188,7 @@ class Trainer:
         precision: str = "fp32",
     ) -> None:
         self.precision = precision
-        self.heads, self.pairs, self.plan, self.inputs = heads, pairs, plan, inputs
+        self.heads, self.pairs, self.plan, self.inputs = heads, pairs.to(inputs.device), plan, inputs
         self.generator = torch.Generator().manual_seed(seed)
         trained = [*heads.parameters(), *(extra.parameters() if extra is not None else ())]
         matrices = [p for p in trained if p.dim() > 1]
@@ -189,12 +205,13 @@ class Trainer:
 
     def _batches(self) -> Iterator[Tensor]:
         while True:
-            order = torch.randperm(len(self.pairs), generator=self.generator)
+            order = torch.randperm(len(self.pairs), generator=self.generator).to(self.inputs.device)
             for start in range(0, len(order) - self.plan.batch + 1, self.plan.batch):
                 yield order[start : start + self.plan.batch]
 
     def _products(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+        kind = torch.device(self.inputs.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
@@ -237,7 +254,8 @@ class Trainer:
     def matches(self) -> Matches:
         """Every quantity of the trainer's pairs against the fixed candidates, by the heads as they stand."""
         asked = (self.pairs.image_N, self.pairs.caption_N)
-        return match(*self.embed(), self.heads.scale().item(), self.inputs.candidates, asked)[0]
+        candidates = self.inputs.candidates.to(self.inputs.device)
+        return match(*self.embed(), self.heads.scale().item(), candidates, asked)[0].to("cpu")
 
 
 @dataclass

@@ -34,6 +34,7 @@ from nc_audit.train.loop import (
     Trajectory,
     columns_of,
     new_heads,
+    seeded,
     silent,
 )
 from nc_audit.train.towers import TowerOutputs
@@ -85,8 +86,7 @@ def train_rrsitr(inputs: Inputs, settings: TrainSection, progress: Progress = si
     own, pairs, num = settings.rrsitr, inputs.pairs, len(inputs.pairs)
     tokens = (inputs.image_tokens, inputs.caption_tokens) if own.local else (None, None)
     image_tokens, caption_tokens = tokens
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         heads = new_heads(inputs, settings)
         heads.log_scale.data.fill_(torch.tensor(own.scale).log())
         heads.log_scale.requires_grad_(False)

@@ -47,6 +47,7 @@ from nc_audit.train.loop import (
     Trajectory,
     columns_of,
     new_heads,
+    seeded,
     silent,
 )
 
@@ -236,7 +237,7 @@ def train_folds(
             candidates,
             [(together.image_N[some], together.caption_N[some]) for some in (given, swapped)],
             stray_S[swapped - num],
-        )
+        ).to(inputs.device)
         for given, swapped in places
     ]
     outside = [(fold_T != k).nonzero().squeeze(1) for k in range(num_folds)]
@@ -246,8 +247,7 @@ def train_folds(
     trajectory = Trajectory()
     weight_T = prior_T.clone()
     counted = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, inputs.device):
         trainers = [
             Trainer(
                 new_heads(inputs, settings),
@@ -268,12 +268,12 @@ def train_folds(
             for k, trainer in enumerate(trainers):
                 train_weight = weight_T[outside[k]]
                 train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
-                trainer.run_epoch(partial(weighted, trainer, train_weight))
+                trainer.run_epoch(partial(weighted, trainer, train_weight.to(inputs.device)))
                 if not is_scored:
                     continue
                 vectors = trainer.embed(asked[k].image_at, asked[k].caption_at)
                 found = asked[k].match(*vectors, trainer.heads.scale().item())
-                for some, one in zip(places[k], found, strict=True):
+                for some, one in zip(places[k], (one.to("cpu") for one in found), strict=True):
                     loss_T[some] = one.loss
                     if counts:
                         total.add_(some, one)
@@ -349,13 +349,14 @@ def train_final(
     pairs = inputs.pairs
     together = pairs.and_more(planted)
     weights = torch.cat([weight_N, planted_weight_P])
-    weights = weights / weights.mean().clamp_min(1e-9)
+    weights = (weights / weights.mean().clamp_min(1e-9)).to(inputs.device)
     plan = Plan.of(len(together), settings)
     loss, distance = torch.zeros(len(together)), torch.zeros(len(together))
-    stray_P = pairs.carrier_of_captions()[planted.caption_N]
+    stray_P = pairs.carrier_of_captions()[planted.caption_N].to(inputs.device)
+    asked = [(one.image_N, one.caption_N) for one in (pairs.to(inputs.device), planted.to(inputs.device))]
+    candidates = inputs.candidates.to(inputs.device)
     counted = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, inputs.device):
         heads = new_heads(inputs, settings, settings.final_input_dropout)
         trainer = Trainer(
             heads,
@@ -371,14 +372,14 @@ def train_final(
             trainer.run_epoch(partial(weighted, trainer, weights))
             if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
                 vectors, scale = trainer.embed(), heads.scale().item()
-                asked = [(one.image_N, one.caption_N) for one in (pairs, planted)]
-                of_given, of_planted = match(*vectors, scale, inputs.candidates, *asked, strays=stray_P)
+                found = match(*vectors, scale, candidates, *asked, strays=stray_P)
                 del vectors  # not kept while the next ones are made
+                of_given, of_planted = (one.to("cpu") for one in found)
                 loss += torch.cat([of_given.loss, of_planted.loss])
                 distance -= torch.cat([of_given.similarity, of_planted.similarity])
                 counted += 1
             progress("train on everything", epoch, plan.epochs)
-    heads.eval()
+    heads.cpu().eval()
     num = len(pairs)
     return Final(
         heads,
