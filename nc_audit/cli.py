@@ -6,11 +6,13 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +101,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
             try:
                 function(*args, **kwargs)
+                sys.stdout.flush()  # what cannot be written is told here, not on the way out
             except typer.Exit:
                 raise
             except AuditError as problem:
@@ -106,12 +109,14 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 raise typer.Exit(EXIT_FIXABLE) from None
             except BrokenPipeError:
                 # The reader (head, less) has what it wanted.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _silence_stdout()
                 raise typer.Exit(0) from None
             except KeyboardInterrupt:
                 console.show_error(AuditError("interrupted", "the same command resumes where it stopped"))
                 raise typer.Exit(EXIT_INTERRUPTED) from None
             except OSError as problem:
+                if _is_full(problem):
+                    raise typer.Exit(_lost_output()) from None
                 where = f"{problem.filename}: " if problem.filename else ""
                 console.show_error(
                     AuditError(
@@ -130,6 +135,30 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return app.command(name)(guarded)
 
     return register
+
+
+def _is_full(problem: OSError) -> bool:
+    """Whether nothing more can be printed: files of ours are named by who writes them."""
+    return problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not problem.filename
+
+
+def _lost_output() -> int:
+    """Say that the output could not be written; the exit code."""
+    from nc_audit import console
+
+    _silence_stdout()
+    console.show_error(
+        AuditError(
+            "the output could not be written: its disk is full", "send it elsewhere, or make room there"
+        )
+    )
+    return EXIT_FIXABLE
+
+
+def _silence_stdout() -> None:
+    """Send what is left to be printed nowhere, so that it does not fail again on the way out."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_failure() -> str:
@@ -1070,6 +1099,11 @@ def main() -> None:
     gc.set_threshold(100_000)
     try:
         app()
+    except OSError as problem:
+        # What no command of ours prints: help and usage.
+        if not _is_full(problem):
+            raise
+        sys.exit(_lost_output())
     except SystemExit as end:
         if "torch" not in sys.modules or not isinstance(end.code, int | None):
             raise

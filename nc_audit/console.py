@@ -12,6 +12,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -49,8 +50,9 @@ def out() -> Console:
 
 
 def _note(text: Text) -> None:
-    """A line to stderr, broken between words in a terminal and never elsewhere."""
-    err.print(text, soft_wrap=not err.is_terminal)
+    """A line to stderr, broken between words in a terminal and never elsewhere; lost where stderr takes none."""
+    with suppress(OSError):
+        err.print(text, soft_wrap=not err.is_terminal)
 
 
 def _hanging(console: Console, head: str, text: Text) -> None:
@@ -112,13 +114,14 @@ def show_error(problem: AuditError) -> None:
     from nc_audit.report.text import plain
 
     if isinstance(problem, RecipeError) and len(problem.problems) > 1:
-        err.print(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
+        _note(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
         for one in problem.problems:
             _note(Text(f"  {plain(one)}"))
     else:
         _note(Text.assemble(("error: ", "bold red"), plain(problem.message)))
     if problem.hint:
-        err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
+        with suppress(OSError):
+            err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
 
 
 class Watch:

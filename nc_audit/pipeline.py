@@ -36,7 +36,7 @@ from nc_audit.dataset import (
 from nc_audit.decisions import Decision, read_decisions
 from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
-from nc_audit.run import Run, digest_of, file_digest, write_parquet
+from nc_audit.run import LOCK, MANIFEST, Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
 from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from nc_audit.methods.matching import Pairs
     from nc_audit.train import Trajectory
 
+_BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
 NEED_TRUSTED = ("chnr",)
 """Methods that cannot do without pairs known to be right, and also learn from those people kept."""
@@ -113,17 +114,26 @@ def score_dataset(
     check_exists(dataset)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file", "give a folder with --out")
-    if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
+    if out.is_dir() and not _is_ours(out):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
     audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence())
+    if (out / LOCK).exists():
+        with audit.run.locked():
+            pass  # that another process holds it should be told before the encoders are looked for
     audit.encoder_plan  # noqa: B018  a wrong encoder should be told before anything is written
     with audit.run.locked():
-        if (out / "run.json").exists():
+        if (out / MANIFEST).exists():
             audit.run = Run.open(out)
         run = audit.run
         if force:
             run.manifest["stages"] = {}
         return audit.run_all()
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder is a run, also one that was stopped before its manifest stood, or is empty."""
+    found = {path.name for path in out.iterdir()}
+    return MANIFEST in found or not found or (LOCK in found and found <= _BEFORE_THE_MANIFEST)
 
 
 class _Audit:
@@ -596,17 +606,19 @@ def retag(
         The new summary.
 
     Raises:
-        RunError: the run is not scored. RecipeError: the thresholds are not in order.
+        RunError: the run is not scored, or another process holds it. RecipeError: the thresholds are not in order.
     """
     run.stage("score")
-    section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
-    low = section.get("clean_at", 0.2) if clean_at is None else clean_at
-    high = section.get("noisy_at", 0.8) if noisy_at is None else noisy_at
-    if target_precision is not None:
-        scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
-        high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
-        low = min(low, high)
     with run.locked():
+        run.manifest = Run.open(run.path).manifest  # as whoever held it before left it
+        run.stage("score")
+        section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
+        low = section.get("clean_at", 0.2) if clean_at is None else clean_at
+        high = section.get("noisy_at", 0.8) if noisy_at is None else noisy_at
+        if target_precision is not None:
+            scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
+            high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
+            low = min(low, high)
         thresholds = Thresholds(low, high)
         key = _retag_key(run, thresholds, budget)
         files, facts = _write_tags(run, thresholds, budget)

@@ -170,7 +170,8 @@ def export_run(
 
     Raises:
         DatasetError: the format or a tag is unknown, `out` may not be replaced, or no row would be left.
-        RunError: a table of the run is missing or stale, another process exports to `out`, or counts disagree.
+        RunError: a table of the run is missing or stale, another process writes to the run or exports to
+            `out`, or counts disagree.
     """
     if format not in FORMATS:
         raise DatasetError(f"unknown export format {plain(format)!r}", nearest(format, list(FORMATS)))
@@ -182,10 +183,11 @@ def export_run(
             )
     drop = check_tags(drop, "drop")
     check_place(out, overwrite=overwrite, keep=_kept_places(run))
-    before = summary(run)
-    plan = plan_export(
-        run, drop=drop, reweight=reweight, rematch=rematch, carries_captions=form.carries_captions
-    )
+    with run.settled():
+        before = summary(run)
+        plan = plan_export(
+            run, drop=drop, reweight=reweight, rematch=rematch, carries_captions=form.carries_captions
+        )
     if not plan.kept.num_rows:
         raise DatasetError(
             _nothing_left(_by_reason(plan.dropped)), "drop fewer tags, or audit a dataset with usable pairs"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from nc_audit.run import file_digest
+from nc_audit.run import Run, file_digest
 
 QUICK = ["--encoder", "builtin", "--set", "train.steps=120", "--set", "train.epochs=6"]
 TABLES = ["pairs.parquet", "scores.parquet", "tags.parquet", "model/trajectory.parquet"]
@@ -159,13 +159,21 @@ def test_shuffled_and_duplicated_rows_score_the_same(place: Path) -> None:
 
 
 def test_a_second_process_is_refused(place: Path) -> None:
-    import fcntl
-
-    with (place / "runs/drawn/.lock").open("a+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        refused = nc("score", "drawn", *QUICK, cwd=place, ok=False)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-2].startswith("error: runs/drawn is in use by ")
+    commands = {
+        "wait for it, or score into another --out": [["score", "drawn", *QUICK], ["tag"], ["evaluate"]],
+        "wait for it": [["export"], ["review", "--no-browser"]],
+    }
+    with Run(place / "runs/drawn").locked():
+        holder = (place / "runs/drawn/.lock").read_text(encoding="utf-8")
+        for fix, refused in commands.items():
+            for command in refused:
+                failed = nc(*command, cwd=place, ok=False)
+                assert (failed.returncode, failed.stdout) == (2, "")
+                assert failed.stderr.splitlines() == [
+                    f"error: runs/drawn is in use by {holder}",
+                    f"fix: {fix}",
+                ]
+    assert holder.startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize(
