@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -124,22 +125,35 @@ def show_error(problem: AuditError) -> None:
             err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
 
 
+_LOG_EVERY = 30.0
+_UNITS = {
+    "images": "images",
+    "captions": "captions",
+    "patches": "images",
+    "words": "captions",
+    "train": "pairs",
+}
+
+
 class Watch:
-    """Shows notes and progress of a run on stderr; use it as a context."""
+    """Shows notes and progress of a run on stderr; use it as a context.
+
+    In a terminal progress is a bar; elsewhere, as in a log file, a line every half a minute of one and the same work.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._is_live = err.is_terminal and not quiet
         self._progress = Progress(
             TextColumn("{task.description:>20}"),
             BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[state]}"),
             console=err,
             transient=True,
-            disable=quiet or not err.is_terminal,
+            disable=not self._is_live,
         )
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, tuple[Any, Pace]] = {}
+        self._said = time.monotonic()
 
     def __enter__(self) -> Watch:
         self._progress.start()
@@ -164,14 +178,66 @@ class Watch:
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """How far a stage is; one bar for each."""
-        task = self._tasks.get(what)
-        if task is None:
-            for other in self._tasks.values():
+        now = time.monotonic()
+        if what not in self._tasks:
+            for other, _ in self._tasks.values():
                 self._progress.update(other, visible=False)
-            task = self._tasks[what] = self._progress.add_task(what, total=total, rate="")
-        speed = self._progress.tasks[self._progress.task_ids.index(task)].speed
-        rate = f"{speed:,.0f}/s" if speed and speed >= 10 else ""
-        self._progress.update(task, completed=done, total=total, rate=rate)
+            bar = self._progress.add_task(what, total=total, completed=done, state="")
+            self._tasks[what] = bar, Pace(what, done, now)
+            self._said = now
+        bar, pace = self._tasks[what]
+        state = pace.state(done, total, now)
+        self._progress.update(bar, completed=done, total=total, state=state)
+        is_over = done == total and now - pace.start >= _LOG_EVERY
+        if not (self._is_live or self.quiet) and (is_over or now - self._said >= _LOG_EVERY):
+            self._said = now
+            self.note(f"{what}: {state}")
+
+
+class Pace:
+    """How fast one piece of work goes, by what was done since it was first seen.
+
+    Args:
+        what: it is; a word of it tells what is counted.
+        first: done already when it was first seen, as from an earlier run.
+        start: when that was, in seconds.
+    """
+
+    def __init__(self, what: str, first: int, start: float) -> None:
+        self.first, self.start = first, start
+        self.unit = next((unit for word, unit in _UNITS.items() if word in what.split()), "")
+
+    def state(self, done: int, total: int | None, now: float) -> str:
+        """How far it is, how fast it goes, and how long it will still take, in words.
+
+        Example:
+            >>> Pace("embed images", 100, 0.0).state(300, 1_300, 4.0)
+            '300 of 1,300, 50 images/s, 20 s left'
+        """
+        parts = [f"{done:,}" if total is None else f"{done:,} of {total:,}"]
+        seconds, new = now - self.start, done - self.first
+        if new > 0 and seconds >= 0.5:
+            rate = new / seconds
+            if self.unit:
+                parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.1f} {self.unit}/s")
+            if total is not None and total > done:
+                parts.append(f"{duration((total - done) / rate)} left")
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people.
+
+    Example:
+        >>> duration(42), duration(130), duration(7_500)
+        ('42 s', '2 min 10 s', '2 h 05 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _pairs(count: int) -> str:
@@ -209,12 +275,26 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
     for found in summary["findings"]:
         rows = "1 row" if found["count"] == 1 else f"{found['count']:,} rows"
         _hanging(console, "found: ", Text(f"{rows}  {found['kind']}: {found['detail']}"))
-    seconds = summary["seconds"]
-    spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
+    held = summary.get("held", {})
+    if any(held.values()):
+        new = summary["embedded"]
+        parts = [f"{new[side]:,} of {new[side] + held[side]:,} {side}" for side in ("images", "captions")]
+        console.print(Text(f"embedded anew: {' and '.join(parts)}", "dim"))
+    console.print(Text(time_line(summary), "dim"))
     where = "" if is_default else f" --run {run}"
     console.print(Text(f"run: {run}", "dim"))
     _next(console, f"nc-audit report{where} --top 200", f"nc-audit export{where} --drop noisy")
+
+
+def time_line(summary: Mapping[str, Any]) -> str:
+    """Where the time of a run went; within embed, what its encoders learnt, waited for and computed."""
+    seconds = summary["seconds"]
+    parts = []
+    for stage, value in seconds.items():
+        inner = summary.get("embed_seconds", {}) if stage == "embed" else {}
+        spent = ", ".join(f"{what} {part:.1f}" for what, part in inner.items() if part >= 0.05)
+        parts.append(f"{stage} {value:.1f}" + (f": {spent};" if spent else ","))
+    return f"time: {sum(seconds.values()):.1f} s ({' '.join(parts).rstrip(',;')})"
 
 
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:

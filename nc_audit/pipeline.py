@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
+_SPENT = ("learn", "decode", "encode")
 NEED_TRUSTED = ("chnr",)
 """Methods that cannot do without pairs known to be right, and also learn from those people kept."""
 USE_TRUSTED = (*NEED_TRUSTED, "self_paced")
@@ -324,7 +325,7 @@ class _Audit:
         if self.recipe.train.method != "rrsitr" or not self.recipe.train.rrsitr.local:
             return {}
         from nc_audit import tokens
-        from nc_audit.embed import EmbeddingStore
+        from nc_audit.embed import IMAGES_AT_ONCE, EmbeddingStore
 
         found, folded = self.embeddings, self.folded
         for encoder in (found.image_encoder, found.text_encoder):
@@ -340,7 +341,7 @@ class _Audit:
                 folded.image_ids,
                 lambda position: self.images.read(folded.image_uris[position]),
                 store,
-                batch_size=self.recipe.image.batch,
+                batch_size=self.recipe.image.batch or IMAGES_AT_ONCE,
                 progress=lambda done, total: self.watch.progress("embed patches", done, total),
             ),
             "caption_tokens": tokens.caption_tokens(
@@ -418,6 +419,12 @@ class _Audit:
             "plan": self.encoder_plan.facts(),
             "undecodable_images": len(embeddings.failures),
             "cut_captions": num_cut,
+            "embedded": {"images": embeddings.work.images, "captions": embeddings.work.captions},
+            "held": {
+                "images": len(embeddings.image_ids) - embeddings.work.images,
+                "captions": len(embeddings.caption_ids) - embeddings.work.captions,
+            },
+            "embed_seconds": {name: round(getattr(embeddings.work, name), 3) for name in _SPENT},
         }
 
     def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
@@ -434,8 +441,14 @@ class _Audit:
             trusted_N=self.trusted,
             **self.tokens,
         )
-        trained = train(inputs, settings, self.watch.progress)
         folder, num = self.run.path / "model", len(self.pairs)
+
+        def progress(what: str, done: int, total: int) -> None:
+            # An epoch ends with a look at every pair.
+            pairs = num if what.startswith("train") else 1
+            self.watch.progress(what, done * pairs, total * pairs)
+
+        trained = train(inputs, settings, progress)
         pair_id = pa.array(self.folded.pair_ids)
         trained.model.save(folder / "heads.safetensors")
         write_parquet(_trajectory(trained.trajectory, pair_id), folder / "trajectory.parquet")
@@ -724,7 +737,7 @@ def summarise(run: Run) -> dict[str, Any]:
             f"{sum(tags.values()):,} rows are tagged but {status.get('ok', 0):,} are ok",
             "score the dataset again with --force",
         )
-    train = run.stage("train")
+    train, embed = run.stage("train"), run.stage("embed")
     return {
         "rows": rows,
         "pairs": train["pairs"],
@@ -736,9 +749,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "noise_rate": run.stage("score")["noise_rate"],
         "whole_images": train["whole_images"],
         "thresholds": run.stage("tag")["thresholds"],
-        "encoders": run.stage("embed")["encoders"],
+        "encoders": embed["encoders"],
         "findings": _count_findings(run),
         "seconds": {stage: run.stage(stage)["seconds"] for stage in STAGES},
+        **{name: embed[name] for name in ("embedded", "held", "embed_seconds") if name in embed},
     }
 
 
