@@ -378,6 +378,9 @@ def export(
             "--rematch", help="Give pairs the caption that surely fits, where one was found; each is listed."
         ),
     ] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="Names in the place of the images; parquet only.")
+    ] = False,
     format: Annotated[
         str | None,
         typer.Option(
@@ -414,6 +417,7 @@ def export(
             drop=defaults.drop if drop is None else _listed(drop) or [],
             reweight=reweight or defaults.reweight,
             rematch=rematch,
+            with_images=not no_images,
             overwrite=overwrite,
             read_image=open_images(opened).read,
             progress=lambda done, total: watch.progress("export", done, total),
