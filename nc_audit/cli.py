@@ -232,6 +232,10 @@ def score(
     ] = None,
     set_: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Start over instead of resuming.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and what it would take; write nothing."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Load, embed, train, score and tag a dataset into a run directory; rerunning resumes or does nothing.
@@ -267,21 +271,29 @@ def score(
         run = out or RUNS / place.name
         for note in place.notes:
             watch.note(note)
-        summary = score_dataset(
-            place.path,
-            run,
-            built,
-            recipe_names=tuple(recipe or ()),
-            device=device,
-            precision=precision,
-            force=force,
-            watch=watch,
-        )
-    remember_latest(run)
+        if dry_run:
+            from nc_audit.forecast import forecast_score
+
+            facts = forecast_score(place.path, run, built, device=device, precision=precision, watch=watch)
+        else:
+            facts = score_dataset(
+                place.path,
+                run,
+                built,
+                recipe_names=tuple(recipe or ()),
+                device=device,
+                precision=precision,
+                force=force,
+                watch=watch,
+            )
+    if not dry_run:
+        remember_latest(run)
     if json:
-        console.print_json({"run": str(run), **summary})
+        console.print_json({"run": str(run), **facts})
+    elif dry_run:
+        console.show_forecast(facts, str(run))
     else:
-        console.show_summary(summary, str(run), is_default=True)
+        console.show_summary(facts, str(run), is_default=True)
 
 
 @command("report")
@@ -687,6 +699,14 @@ def bench(
             help="Share of the clean pairs given to recipes that need trusted ones.",
         ),
     ] = 0.2,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Time the whole audit against a plain loop of CLIP scores instead, on 420 images or --limit; "
+            "--encoder open_clip:MODEL or open_clip:MODEL@FILE.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Bench folder; bench/NAME when not given.")
     ] = None,
@@ -714,6 +734,8 @@ def bench(
 ) -> None:
     """Put known noise into a dataset taken as clean, and measure how well recipes find it.
 
+    With --speed it times the whole audit against a plain loop that only computes CLIP scores.
+
     Example: nc-audit bench ucm_captions/ --rates 0.2,0.4 --recipes self_paced,similarity --seeds 3
     """
     from nc_audit import console
@@ -727,7 +749,7 @@ def bench(
         "dataset": {
             "image_root": _path(image_root),
             "split": split,
-            "limit": limit,
+            "limit": None if speed else limit,
             "allow_network": allow_network or None,
         },
         **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, None),
@@ -750,6 +772,19 @@ def bench(
         )
         for note in place.notes:
             watch.note(note)
+        if speed:
+            from nc_audit.bench.speed import MODEL, NUM_IMAGES, measure_speed
+            from nc_audit.pipeline import load_options
+
+            facts = measure_speed(
+                place.path,
+                encoder or f"open_clip:{MODEL}",
+                num_images=limit or NUM_IMAGES,
+                options=load_options(built),
+                note=watch.note,
+            )
+            console.print_json(facts) if json else console.show_speed(facts)
+            return
         results = bench_dataset(
             place.path,
             out or Path("bench") / place.name,

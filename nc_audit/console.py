@@ -286,6 +286,33 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
     _next(console, f"nc-audit report{where} --top 200", f"nc-audit export{where} --drop noisy")
 
 
+def show_forecast(facts: Mapping[str, Any], run: str) -> None:
+    """What a score would do, to stdout."""
+    console = out()
+    console.print(
+        f"{facts['rows']:,} rows, {facts['pairs']:,} distinct pairs of {facts['images']['total']:,} images and "
+        f"{facts['captions']['total']:,} captions"
+    )
+    for name, count in facts["status"].items():
+        if name != "ok":
+            console.print(Text(f"{name}: {count:,}, not audited"))
+    for side, spec in (("images", "image"), ("captions", "text")):
+        known = facts[side]
+        new = known["total"] - known["held"]
+        text = f"{side}: {new:,} to embed with {facts['encoders'][spec]}"
+        text += f", {known['held']:,} held by the run" if known["held"] else ""
+        text += f", about {duration(known['seconds'])}" if known["seconds"] else ""
+        _hanging(console, "", Text(text))
+    console.print(f"device: {facts['device']}, {facts['precision']}")
+    sizes = facts["disk"]
+    largest = sorted((name for name in sizes if name != "total"), key=lambda name: -sizes[name])[:3]
+    named = ", ".join(f"{name} {sizes[name] / 1e6:,.1f}" for name in largest)
+    console.print(Text(f"disk: about {sizes['total'] / 1e6:,.1f} MB in {run} ({named}, ...)"))
+    if facts["fetch"]:
+        _hanging(console, "", Text(f"not known: sizes and times of embeddings; {facts['fetch']}"))
+    console.print(Text("nothing was written; the same command without --dry-run does it", "dim"))
+
+
 def time_line(summary: Mapping[str, Any]) -> str:
     """Where the time of a run went; within embed, what its encoders learnt, waited for and computed."""
     seconds = summary["seconds"]
@@ -613,6 +640,21 @@ def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:
         out().print()
     if form != "md":
         out().print(Text("* best of its kind and rate; ± is the deviation over seeds", "dim"))
+
+
+def show_speed(facts: Mapping[str, Any]) -> None:
+    """Seconds of the plain loop and of the whole audit, and the shares of the latter, to stdout."""
+    about = f"{facts['images']:,} images, {facts['rows']:,} captions, {facts['encoder']}, {facts['device']}"
+    out().print(Text(f"{about}, {facts['precision']}, {facts['processors']} processors"))
+    rows = [
+        ["plain loop of CLIP scores", f"{facts['plain_s']:.1f}", ""],
+        ["whole audit", f"{facts['audit_s']:.1f}", f"a ratio of {facts['ratio']:.2f}"],
+    ]
+    rows += [
+        [f"  of it {name}", f"{share * facts['audit_s']:.1f}", percent(share)]
+        for name, share in facts["shares"].items()
+    ]
+    show_listing(["", "seconds", ""], rows)
 
 
 def show_listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

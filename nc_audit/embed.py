@@ -69,6 +69,10 @@ class EmbeddingStore:
         """Names of an encoder's shards, with their number of rows, sorted."""
         return {path.name: self._open(path).num_rows for path in self._shards(side, digest)}
 
+    def ids(self, side: str, digest: str) -> set[str]:
+        """Ids that the shards of an encoder hold, those that failed included."""
+        return {one for path in self._shards(side, digest) for one in self._open(path)["id"].to_pylist()}
+
     def read(
         self, side: str, digest: str, ids: Sequence[str], dim: int
     ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
