@@ -38,7 +38,15 @@ from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
 from nc_audit.run import LOCK, MANIFEST, Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
-from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
+from nc_audit.tag import (
+    MODEL,
+    NEEDED_PAIRS,
+    NEEDED_SCORES,
+    Thresholds,
+    tag_scores,
+    threshold_for_precision,
+    thresholds_in_use,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -705,13 +713,15 @@ def _write_tags(
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
     has_findings = "findings.parquet" in run.stage("score")["files"]
     tags = tag_scores(
-        run.table("scores"),
-        run.table("pairs"),
+        run.table("scores", NEEDED_SCORES),
+        run.table("pairs", NEEDED_PAIRS),
         thresholds,
         blind=blind,
         budget=budget,
         decisions=_decisions(run),
-        findings=run.table("findings") if has_findings else None,
+        findings=run.table("findings", ["row", "kind", "detail", "partner_row", "probability"])
+        if has_findings
+        else None,
     )
     run.write_table("tags", tags)
     stated = {

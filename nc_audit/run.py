@@ -35,7 +35,7 @@ FORMAT = 1
 RUNS = Path("runs")
 LATEST = "latest"
 LOCK = ".lock"
-_READERS_NEED = 10.0
+_READERS_NEED = 5.0
 """Seconds within which whoever reads a run is through with its tables."""
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -338,13 +338,18 @@ class Run:
         """A table of the run (`pairs`, `scores`, `tags`), checked against its schema unless `columns` are named.
 
         Raises:
-            RunError: the table is not there.
+            RunError: the table is not there, or lacks one of the `columns`.
         """
         path = self.path / f"{name}.parquet"
         if not path.is_file():
             dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
             raise RunError(
                 f"{self.path} has no {name}.parquet", f"nc-audit score {dataset} --out {self.path} makes it"
+            )
+        missing = sorted({*(columns or ())} - {*pq.read_schema(path).names})
+        if missing:
+            raise RunError(
+                f"{path} has no column {', '.join(missing)}", "score the dataset again with --force"
             )
         table = pq.read_table(path, columns=columns)
         return table if columns else check_table(name, table)

@@ -23,6 +23,22 @@ MODEL = "model"
 NAMELESS = "reviewer"
 """Stands in `decided_by` for a reviewer without a name, or with the model's."""
 
+NEEDED_PAIRS = ["pair_id", "row", "status", "status_detail"]
+NEEDED_SCORES = [
+    "noise_probability",
+    "noise_score",
+    "caption_rank",
+    "image_rank",
+    "relative_loss",
+    "swapped_entropy",
+    "neighbour_distance",
+    "best_caption",
+    "best_caption_margin",
+    "best_image",
+    "best_image_margin",
+]
+"""The columns that `tag_scores` looks at."""
+
 _GENERIC_ENTROPY = 0.9
 _MOST_REASONS = 5
 _SAID_BY_STATUS = {"empty_caption"}
@@ -95,8 +111,8 @@ def tag_scores(
     """The `tags` table of a run.
 
     Args:
-        scores: the `scores` table.
-        pairs: the `pairs` table, same rows in the same order.
+        scores: the `scores` table, or NEEDED_SCORES of it.
+        pairs: the `pairs` table, or NEEDED_PAIRS of it; same rows in the same order.
         thresholds: on the noise probability.
         blind: the scores told swaps from given pairs no better than chance: everything is ambiguous, and says so.
         budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
