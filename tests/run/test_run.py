@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nc_audit.errors import DiskError, RunError, SchemaError
+from nc_audit.pipeline import _is_ours
 from nc_audit.run import (
     Run,
     digest_of,
@@ -399,3 +400,33 @@ def test_no_latest_run(runs, state):
         Run.latest(runs)
     assert caught.value.message == f"no run yet under {runs}/"
     assert caught.value.hint == "nc-audit score DATASET, or name one with --run DIR"
+
+
+# --- what is a run
+
+
+@pytest.mark.parametrize(
+    ("names", "is_ours"),
+    [
+        ([], True),
+        (["run.json", "anything"], True),
+        ([".lock"], True),
+        ([".lock", "pairs.parquet"], True),
+        ([".lock", ".run.json.partial", ".pairs.parquet.partial"], True),
+        (["pairs.parquet"], False),
+        ([".lock", "holiday.jpg"], False),
+        (["holiday.jpg"], False),
+    ],
+)
+def test_a_run_stopped_before_its_manifest_stood_is_told_from_a_folder_of_others(tmp_path, names, is_ours):
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert _is_ours(tmp_path) == is_ours
+
+
+def test_a_table_without_a_column_that_is_needed_is_told(run):
+    with pytest.raises(RunError) as caught:
+        run.table("tags", ["row", "mood", "age"])
+    assert str(caught.value) == (
+        f"{run.path / 'tags.parquet'} has no column age, mood (score the dataset again with --force)"
+    )
