@@ -244,7 +244,7 @@ def test_some_rows_are_read_as_all_are_and_in_the_order_asked_for(run, monkeypat
     rows = pa.chunked_array([whole["row"].to_pylist()[::-2]])
     some = joined(run, **columns, rows=rows)
     places = [whole["row"].to_pylist().index(row) for row in rows.to_pylist()]
-    assert some.to_pylist() == whole.take(places).to_pylist()
+    assert str(some.to_pylist()) == str(whole.take(places).to_pylist())  # as text: not a number equals itself
     assert joined(run, **columns, rows=rows.slice(0, 0)).num_rows == 0
 
 
