@@ -4,7 +4,7 @@
     python tests/benchmarks/report.py --commands 1000000
 
 The second form times the commands that show, tag and export a run of so many pairs without its images, each a process
-of its own, imports included: seconds and peak memory, as JSON.
+of its own, imports included: seconds, seconds of processor, and peak memory, as JSON.
 
 The run is written by hand, without a dataset's model; the pictures of the gallery are real small files. The browser is
 Chromium by way of playwright; without them its lines are left out.
@@ -213,6 +213,7 @@ def measure_commands(num_pairs: int) -> dict[str, Any]:
             process.returncode = os.waitstatus_to_exitcode(status)
             results["commands"][title] = {
                 "seconds": round(time.perf_counter() - start, 2),
+                "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
                 "peak_gb": round(usage.ru_maxrss / 1e6, 2),
                 "exit_code": process.returncode,
             }
