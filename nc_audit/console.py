@@ -308,6 +308,11 @@ def show_forecast(facts: Mapping[str, Any], run: str) -> None:
     largest = sorted((name for name in sizes if name != "total"), key=lambda name: -sizes[name])[:3]
     named = ", ".join(f"{name} {sizes[name] / 1e6:,.1f}" for name in largest)
     console.print(Text(f"disk: about {sizes['total'] / 1e6:,.1f} MB in {run} ({named}, ...)"))
+    if facts["memory"]["embeddings"]:
+        size = facts["memory"]["embeddings"] / 1e6
+        console.print(
+            Text(f"memory: {size:,.1f} MB for the embeddings alone, beside the encoders and training")
+        )
     if facts["fetch"]:
         _hanging(console, "", Text(f"not known: sizes and times of embeddings; {facts['fetch']}"))
     console.print(Text("nothing was written; the same command without --dry-run does it", "dim"))

@@ -72,7 +72,8 @@ def forecast_score(
     Returns:
         `rows`, `status` (rows by status, before any image is decoded), `pairs`, `images` and `captions` (each `total`,
         `held` by the run, `dim`, and `seconds` to embed the rest or None), `encoders`, `device`, `precision`, `disk`
-        (expected bytes by file, and in all), `fetch` (why the encoders could not be tried, or None) and `notes`.
+        (expected bytes by file, and in all), `memory` (bytes of the embeddings alone), `fetch` (why the encoders
+        could not be tried, or None) and `notes`.
 
     Raises:
         AuditError: of the kind that `score` would end with.
@@ -116,6 +117,7 @@ def forecast_score(
         "device": plan.device,
         "precision": plan.precision,
         "disk": disk | {"total": sum(disk.values())},
+        "memory": {"embeddings": 4 * sum(side.total * (side.dim or 0) for side in (images, captions))},
         "fetch": fetch,
         "notes": loaded.notes,
     }
