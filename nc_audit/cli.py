@@ -6,11 +6,13 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +101,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
             try:
                 function(*args, **kwargs)
+                sys.stdout.flush()  # what cannot be written is told here, not on the way out
             except typer.Exit:
                 raise
             except AuditError as problem:
@@ -106,12 +109,14 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 raise typer.Exit(EXIT_FIXABLE) from None
             except BrokenPipeError:
                 # The reader (head, less) has what it wanted.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _silence_stdout()
                 raise typer.Exit(0) from None
             except KeyboardInterrupt:
                 console.show_error(AuditError("interrupted", "the same command resumes where it stopped"))
                 raise typer.Exit(EXIT_INTERRUPTED) from None
             except OSError as problem:
+                if _is_full(problem):
+                    raise typer.Exit(_lost_output()) from None
                 where = f"{problem.filename}: " if problem.filename else ""
                 console.show_error(
                     AuditError(
@@ -130,6 +135,30 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return app.command(name)(guarded)
 
     return register
+
+
+def _is_full(problem: OSError) -> bool:
+    """Whether nothing more can be printed: files of ours are named by who writes them."""
+    return problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not problem.filename
+
+
+def _lost_output() -> int:
+    """Say that the output could not be written; the exit code."""
+    from nc_audit import console
+
+    _silence_stdout()
+    console.show_error(
+        AuditError(
+            "the output could not be written: its disk is full", "send it elsewhere, or make room there"
+        )
+    )
+    return EXIT_FIXABLE
+
+
+def _silence_stdout() -> None:
+    """Send what is left to be printed nowhere, so that it does not fail again on the way out."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_failure() -> str:
@@ -203,6 +232,10 @@ def score(
     ] = None,
     set_: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Start over instead of resuming.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and what it would take; write nothing."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Load, embed, train, score and tag a dataset into a run directory; rerunning resumes or does nothing.
@@ -238,21 +271,29 @@ def score(
         run = out or RUNS / place.name
         for note in place.notes:
             watch.note(note)
-        summary = score_dataset(
-            place.path,
-            run,
-            built,
-            recipe_names=tuple(recipe or ()),
-            device=device,
-            precision=precision,
-            force=force,
-            watch=watch,
-        )
-    remember_latest(run)
+        if dry_run:
+            from nc_audit.forecast import forecast_score
+
+            facts = forecast_score(place.path, run, built, device=device, precision=precision, watch=watch)
+        else:
+            facts = score_dataset(
+                place.path,
+                run,
+                built,
+                recipe_names=tuple(recipe or ()),
+                device=device,
+                precision=precision,
+                force=force,
+                watch=watch,
+            )
+    if not dry_run:
+        remember_latest(run)
     if json:
-        console.print_json({"run": str(run), **summary})
+        console.print_json({"run": str(run), **facts})
+    elif dry_run:
+        console.show_forecast(facts, str(run))
     else:
-        console.show_summary(summary, str(run), is_default=True)
+        console.show_summary(facts, str(run), is_default=True)
 
 
 @command("report")
@@ -349,6 +390,9 @@ def export(
             "--rematch", help="Give pairs the caption that surely fits, where one was found; each is listed."
         ),
     ] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="Names in the place of the images; parquet only.")
+    ] = False,
     format: Annotated[
         str | None,
         typer.Option(
@@ -385,6 +429,7 @@ def export(
             drop=defaults.drop if drop is None else _listed(drop) or [],
             reweight=reweight or defaults.reweight,
             rematch=rematch,
+            with_images=not no_images,
             overwrite=overwrite,
             read_image=open_images(opened).read,
             progress=lambda done, total: watch.progress("export", done, total),
@@ -654,6 +699,14 @@ def bench(
             help="Share of the clean pairs given to recipes that need trusted ones.",
         ),
     ] = 0.2,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Time the whole audit against a plain loop of CLIP scores instead, on 420 images or --limit; "
+            "--encoder open_clip:MODEL or open_clip:MODEL@FILE.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Bench folder; bench/NAME when not given.")
     ] = None,
@@ -681,6 +734,8 @@ def bench(
 ) -> None:
     """Put known noise into a dataset taken as clean, and measure how well recipes find it.
 
+    With --speed it times the whole audit against a plain loop that only computes CLIP scores.
+
     Example: nc-audit bench ucm_captions/ --rates 0.2,0.4 --recipes self_paced,similarity --seeds 3
     """
     from nc_audit import console
@@ -694,7 +749,7 @@ def bench(
         "dataset": {
             "image_root": _path(image_root),
             "split": split,
-            "limit": limit,
+            "limit": None if speed else limit,
             "allow_network": allow_network or None,
         },
         **_encoder_settings(encoder, image_encoder, image_weights, text_encoder, None),
@@ -717,6 +772,19 @@ def bench(
         )
         for note in place.notes:
             watch.note(note)
+        if speed:
+            from nc_audit.bench.speed import MODEL, NUM_IMAGES, measure_speed
+            from nc_audit.pipeline import load_options
+
+            facts = measure_speed(
+                place.path,
+                encoder or f"open_clip:{MODEL}",
+                num_images=limit or NUM_IMAGES,
+                options=load_options(built),
+                note=watch.note,
+            )
+            console.print_json(facts) if json else console.show_speed(facts)
+            return
         results = bench_dataset(
             place.path,
             out or Path("bench") / place.name,
@@ -1070,6 +1138,11 @@ def main() -> None:
     gc.set_threshold(100_000)
     try:
         app()
+    except OSError as problem:
+        # What no command of ours prints: help and usage.
+        if not _is_full(problem):
+            raise
+        sys.exit(_lost_output())
     except SystemExit as end:
         if "torch" not in sys.modules or not isinstance(end.code, int | None):
             raise

@@ -10,13 +10,15 @@ import json
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -49,8 +51,9 @@ def out() -> Console:
 
 
 def _note(text: Text) -> None:
-    """A line to stderr, broken between words in a terminal and never elsewhere."""
-    err.print(text, soft_wrap=not err.is_terminal)
+    """A line to stderr, broken between words in a terminal and never elsewhere; lost where stderr takes none."""
+    with suppress(OSError):
+        err.print(text, soft_wrap=not err.is_terminal)
 
 
 def _hanging(console: Console, head: str, text: Text) -> None:
@@ -112,31 +115,45 @@ def show_error(problem: AuditError) -> None:
     from nc_audit.report.text import plain
 
     if isinstance(problem, RecipeError) and len(problem.problems) > 1:
-        err.print(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
+        _note(Text.assemble(("error: ", "bold red"), f"the recipe has {len(problem.problems)} problems"))
         for one in problem.problems:
             _note(Text(f"  {plain(one)}"))
     else:
         _note(Text.assemble(("error: ", "bold red"), plain(problem.message)))
     if problem.hint:
-        err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
+        with suppress(OSError):
+            err.print(Text.assemble(("fix: ", "bold"), plain(problem.hint)))
+
+
+_LOG_EVERY = 30.0
+_UNITS = {
+    "images": "images",
+    "captions": "captions",
+    "patches": "images",
+    "words": "captions",
+    "train": "pairs",
+}
 
 
 class Watch:
-    """Shows notes and progress of a run on stderr; use it as a context."""
+    """Shows notes and progress of a run on stderr; use it as a context.
+
+    In a terminal progress is a bar; elsewhere, as in a log file, a line every half a minute of one and the same work.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._is_live = err.is_terminal and not quiet
         self._progress = Progress(
             TextColumn("{task.description:>20}"),
             BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[state]}"),
             console=err,
             transient=True,
-            disable=quiet or not err.is_terminal,
+            disable=not self._is_live,
         )
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, tuple[Any, Pace]] = {}
+        self._said = time.monotonic()
 
     def __enter__(self) -> Watch:
         self._progress.start()
@@ -161,14 +178,66 @@ class Watch:
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """How far a stage is; one bar for each."""
-        task = self._tasks.get(what)
-        if task is None:
-            for other in self._tasks.values():
+        now = time.monotonic()
+        if what not in self._tasks:
+            for other, _ in self._tasks.values():
                 self._progress.update(other, visible=False)
-            task = self._tasks[what] = self._progress.add_task(what, total=total, rate="")
-        speed = self._progress.tasks[self._progress.task_ids.index(task)].speed
-        rate = f"{speed:,.0f}/s" if speed and speed >= 10 else ""
-        self._progress.update(task, completed=done, total=total, rate=rate)
+            bar = self._progress.add_task(what, total=total, completed=done, state="")
+            self._tasks[what] = bar, Pace(what, done, now)
+            self._said = now
+        bar, pace = self._tasks[what]
+        state = pace.state(done, total, now)
+        self._progress.update(bar, completed=done, total=total, state=state)
+        is_over = done == total and now - pace.start >= _LOG_EVERY
+        if not (self._is_live or self.quiet) and (is_over or now - self._said >= _LOG_EVERY):
+            self._said = now
+            self.note(f"{what}: {state}")
+
+
+class Pace:
+    """How fast one piece of work goes, by what was done since it was first seen.
+
+    Args:
+        what: it is; a word of it tells what is counted.
+        first: done already when it was first seen, as from an earlier run.
+        start: when that was, in seconds.
+    """
+
+    def __init__(self, what: str, first: int, start: float) -> None:
+        self.first, self.start = first, start
+        self.unit = next((unit for word, unit in _UNITS.items() if word in what.split()), "")
+
+    def state(self, done: int, total: int | None, now: float) -> str:
+        """How far it is, how fast it goes, and how long it will still take, in words.
+
+        Example:
+            >>> Pace("embed images", 100, 0.0).state(300, 1_300, 4.0)
+            '300 of 1,300, 50 images/s, 20 s left'
+        """
+        parts = [f"{done:,}" if total is None else f"{done:,} of {total:,}"]
+        seconds, new = now - self.start, done - self.first
+        if new > 0 and seconds >= 0.5:
+            rate = new / seconds
+            if self.unit:
+                parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.1f} {self.unit}/s")
+            if total is not None and total > done:
+                parts.append(f"{duration((total - done) / rate)} left")
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people.
+
+    Example:
+        >>> duration(42), duration(130), duration(7_500)
+        ('42 s', '2 min 10 s', '2 h 05 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _pairs(count: int) -> str:
@@ -206,12 +275,58 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
     for found in summary["findings"]:
         rows = "1 row" if found["count"] == 1 else f"{found['count']:,} rows"
         _hanging(console, "found: ", Text(f"{rows}  {found['kind']}: {found['detail']}"))
-    seconds = summary["seconds"]
-    spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    console.print(Text(f"time: {sum(seconds.values()):.1f} s ({spent})", "dim"))
+    held = summary.get("held", {})
+    if any(held.values()):
+        new = summary["embedded"]
+        parts = [f"{new[side]:,} of {new[side] + held[side]:,} {side}" for side in ("images", "captions")]
+        console.print(Text(f"embedded anew: {' and '.join(parts)}", "dim"))
+    console.print(Text(time_line(summary), "dim"))
     where = "" if is_default else f" --run {run}"
     console.print(Text(f"run: {run}", "dim"))
     _next(console, f"nc-audit report{where} --top 200", f"nc-audit export{where} --drop noisy")
+
+
+def show_forecast(facts: Mapping[str, Any], run: str) -> None:
+    """What a score would do, to stdout."""
+    console = out()
+    console.print(
+        f"{facts['rows']:,} rows, {facts['pairs']:,} distinct pairs of {facts['images']['total']:,} images and "
+        f"{facts['captions']['total']:,} captions"
+    )
+    for name, count in facts["status"].items():
+        if name != "ok":
+            console.print(Text(f"{name}: {count:,}, not audited"))
+    for side, spec in (("images", "image"), ("captions", "text")):
+        known = facts[side]
+        new = known["total"] - known["held"]
+        text = f"{side}: {new:,} to embed with {facts['encoders'][spec]}"
+        text += f", {known['held']:,} held by the run" if known["held"] else ""
+        text += f", about {duration(known['seconds'])}" if known["seconds"] else ""
+        _hanging(console, "", Text(text))
+    console.print(f"device: {facts['device']}, {facts['precision']}")
+    sizes = facts["disk"]
+    largest = sorted((name for name in sizes if name != "total"), key=lambda name: -sizes[name])[:3]
+    named = ", ".join(f"{name} {sizes[name] / 1e6:,.1f}" for name in largest)
+    console.print(Text(f"disk: about {sizes['total'] / 1e6:,.1f} MB in {run} ({named}, ...)"))
+    if facts["memory"]["embeddings"]:
+        size = facts["memory"]["embeddings"] / 1e6
+        console.print(
+            Text(f"memory: {size:,.1f} MB for the embeddings alone, beside the encoders and training")
+        )
+    if facts["fetch"]:
+        _hanging(console, "", Text(f"not known: sizes and times of embeddings; {facts['fetch']}"))
+    console.print(Text("nothing was written; the same command without --dry-run does it", "dim"))
+
+
+def time_line(summary: Mapping[str, Any]) -> str:
+    """Where the time of a run went; within embed, what its encoders learnt, waited for and computed."""
+    seconds = summary["seconds"]
+    parts = []
+    for stage, value in seconds.items():
+        inner = summary.get("embed_seconds", {}) if stage == "embed" else {}
+        spent = ", ".join(f"{what} {part:.1f}" for what, part in inner.items() if part >= 0.05)
+        parts.append(f"{stage} {value:.1f}" + (f": {spent};" if spent else ","))
+    return f"time: {sum(seconds.values()):.1f} s ({' '.join(parts).rstrip(',;')})"
 
 
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -530,6 +645,21 @@ def show_bench(results: Sequence[Mapping[str, Any]], form: str) -> None:
         out().print()
     if form != "md":
         out().print(Text("* best of its kind and rate; ± is the deviation over seeds", "dim"))
+
+
+def show_speed(facts: Mapping[str, Any]) -> None:
+    """Seconds of the plain loop and of the whole audit, and the shares of the latter, to stdout."""
+    about = f"{facts['images']:,} images, {facts['rows']:,} captions, {facts['encoder']}, {facts['device']}"
+    out().print(Text(f"{about}, {facts['precision']}, {facts['processors']} processors"))
+    rows = [
+        ["plain loop of CLIP scores", f"{facts['plain_s']:.1f}", ""],
+        ["whole audit", f"{facts['audit_s']:.1f}", f"a ratio of {facts['ratio']:.2f}"],
+    ]
+    rows += [
+        [f"  of it {name}", f"{share * facts['audit_s']:.1f}", percent(share)]
+        for name, share in facts["shares"].items()
+    ]
+    show_listing(["", "seconds", ""], rows)
 
 
 def show_listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

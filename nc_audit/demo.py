@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from nc_audit.errors import DatasetError
+from nc_audit.run import writing
 
 SIDE = 128
 MIN_IMAGES = 16
@@ -335,7 +337,8 @@ def draw_demo(folder: Path, *, num_images: int = 600, noise: float = 0.2, seed: 
             f"noise must lie between 0 and {MAX_NOISE}, got {noise}", "0.2 exchanges one caption in five"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         is_empty = not any(folder.iterdir())
     except OSError as problem:
         raise DatasetError(f"{folder} cannot be made: {problem.strerror}", "name another folder") from problem
@@ -354,6 +357,34 @@ def draw_demo(folder: Path, *, num_images: int = 600, noise: float = 0.2, seed: 
     planted = _plant(pairs, scenes, noise, random.Random(f"noise {seed}"))
     lines = [(names[i], planted.get(row, caption), row in planted) for row, (i, caption) in enumerate(pairs)]
 
+    try:
+        with writing(folder):
+            _draw(folder, names, scenes, lines, pick, rng)
+    except BaseException:
+        # Half a demo would stand in the way of the next.
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        (folder / "metadata.csv").unlink(missing_ok=True)
+        raise
+    return {
+        "folder": str(folder),
+        "images": num_images,
+        "rows": len(lines),
+        "noisy": len(planted),
+        "broken": {"corrupt_image": 1, "missing_image": 1, "empty_caption": 1},
+        "noise": len(planted) / len(lines),
+        "seed": seed,
+    }
+
+
+def _draw(
+    folder: Path,
+    names: list[str],
+    scenes: list[_Scene],
+    lines: list[tuple[str, str, bool]],
+    pick: random.Random,
+    rng: np.random.Generator,
+) -> None:
+    """Write the images and the table; the broken rows join `lines`."""
     (folder / "images").mkdir()
     for name, scene in zip(names, scenes, strict=True):
         (folder / name).write_bytes(_encoded(_draw_scene(scene, rng), name[-3:]))
@@ -369,12 +400,3 @@ def draw_demo(folder: Path, *, num_images: int = 600, noise: float = 0.2, seed: 
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["file_name", "caption", "known_noise"])
         writer.writerows((name, caption, str(is_noisy).lower()) for name, caption, is_noisy in lines)
-    return {
-        "folder": str(folder),
-        "images": num_images,
-        "rows": len(lines),
-        "noisy": len(planted),
-        "broken": {"corrupt_image": 1, "missing_image": 1, "empty_caption": 1},
-        "noise": len(planted) / len(lines),
-        "seed": seed,
-    }

@@ -11,10 +11,13 @@ Shapes: N = images or captions; D = dimensions.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +39,16 @@ IMAGES_PER_SHARD = 1024
 CAPTIONS_PER_SHARD = 4096
 CAPTIONS_PER_LEARNT_SHARD = 1 << 16  # cheap to encode, and one shard makes an interrupted fit harmless
 AHEAD = 3  # batches decoded ahead of the encoder
+IMAGES_AT_ONCE = 64
+MOST_AT_ONCE = 1024
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 Progress = Callable[[int, int], None]
 Read = Callable[[int], bytes]
@@ -55,6 +68,10 @@ class EmbeddingStore:
     def files(self, side: str, digest: str) -> dict[str, int]:
         """Names of an encoder's shards, with their number of rows, sorted."""
         return {path.name: self._open(path).num_rows for path in self._shards(side, digest)}
+
+    def ids(self, side: str, digest: str) -> set[str]:
+        """Ids that the shards of an encoder hold, those that failed included."""
+        return {one for path in self._shards(side, digest) for one in self._open(path)["id"].to_pylist()}
 
     def read(
         self, side: str, digest: str, ids: Sequence[str], dim: int
@@ -152,6 +169,32 @@ def _vector_type(dim: int) -> pa.DataType:
     return pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
 
 
+@dataclass
+class Work:
+    """What embedding had to do, beside what the store held.
+
+    Attributes:
+        images: embedded now; of those that could not be decoded, those that were tried now.
+        captions: embedded now.
+        learn: seconds in which encoders learnt from the data.
+        decode: seconds for which the image encoder waited for images to be read, decoded and resized.
+        encode: seconds of encoding images and captions.
+    """
+
+    images: int = 0
+    captions: int = 0
+    learn: float = 0.0
+    decode: float = 0.0
+    encode: float = 0.0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the time inside to `learn`, `decode` or `encode`."""
+        start = time.perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """Embeddings of images and captions by id, and what was seen on the way.
@@ -166,6 +209,7 @@ class Embeddings:
         logit_scale: of aligned encoders, else None.
         image_encoder: that made `image`.
         text_encoder: that made `caption`.
+        work: what had to be done for them.
     """
 
     image_ids: list[str]
@@ -177,6 +221,7 @@ class Embeddings:
     logit_scale: float | None
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
+    work: Work
 
     def of(self, image_ids: list[str], caption_ids: list[str]) -> tuple[Tensor, Tensor]:
         """The embeddings of some images and captions, in their order: shapes [I, D] and [C, D']."""
@@ -201,7 +246,7 @@ def embed_all(
     captions: list[str],
     store: EmbeddingStore,
     *,
-    batch_size: int = 64,
+    batch_size: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Embeddings:
     """Fit encoders that learn from the data, and embed every image and caption that the store does not hold yet.
@@ -213,19 +258,30 @@ def embed_all(
         caption_ids: distinct captions in canonical order.
         captions: the captions.
         store: where embeddings are kept.
-        batch_size: images per batch.
+        batch_size: images per batch; 0 finds it.
         progress: told what is done, how many are, and of how many.
     """
 
     def part(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    image_encoder = fit_images(encoders.image, image_ids, read, store, progress=part("learn images"))
+    work = Work()
+    with work.timed("learn"):
+        image_encoder = fit_images(encoders.image, image_ids, read, store, progress=part("learn images"))
     image, failures = embed_images(
-        image_encoder, image_ids, read, store, batch_size=batch_size, progress=part("embed images")
+        image_encoder,
+        image_ids,
+        read,
+        store,
+        batch_size=batch_size,
+        progress=part("embed images"),
+        work=work,
     )
-    text_encoder = fit_captions(encoders.text, caption_ids, captions)
-    caption = embed_captions(text_encoder, caption_ids, captions, store, progress=part("embed captions"))
+    with work.timed("learn"):
+        text_encoder = fit_captions(encoders.text, caption_ids, captions)
+    caption = embed_captions(
+        text_encoder, caption_ids, captions, store, progress=part("embed captions"), work=work
+    )
     return Embeddings(
         image_ids,
         torch.from_numpy(image),
@@ -236,6 +292,7 @@ def embed_all(
         encoders.logit_scale,
         image_encoder,
         text_encoder,
+        work,
     )
 
 
@@ -306,9 +363,10 @@ def embed_images(
     read: Read,
     store: EmbeddingStore,
     *,
-    batch_size: int = 64,
+    batch_size: int = 0,
     num_workers: int = 4,
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> tuple[np.ndarray, dict[str, str]]:
     """Embed the images that the store does not hold yet, and return all as read back from it.
 
@@ -317,9 +375,10 @@ def embed_images(
         image_ids: distinct, in canonical order.
         read: bytes of an image by its position; an OSError counts as a failure that is not remembered.
         store: where embeddings are kept.
-        batch_size: images per batch, at least 1; halved when memory runs out.
+        batch_size: images per batch; 0 finds it by the device. Halved when memory runs out.
         num_workers: threads that read, decode and preprocess, ahead of the encoder.
         progress: called with images embedded and images in all, what the store held included.
+        work: what is done is added to it.
 
     Returns:
         Vectors [N, D] float32, not a number for images that failed, and why those failed by image id.
@@ -329,6 +388,10 @@ def embed_images(
     done = len(image_ids) - len(missing)
     if progress:
         progress(done, len(image_ids))
+    work = work or Work()
+    work.images += len(missing)
+    batch_size = batch_size or (batch_that_fits(encoder) if missing else IMAGES_AT_ONCE)
+    encode = _Fitting(encoder.encode)
     run = max(1, IMAGES_PER_SHARD // batch_size) * batch_size
     passing: dict[str, str] = {}
     decoded = decoded_ahead(encoder, read, missing, num_workers, AHEAD * batch_size)
@@ -339,8 +402,9 @@ def embed_images(
         unread: set[int] = set()
         for first in range(0, len(rows), batch_size):
             places, images = [], []
-            for place in range(first, min(first + batch_size, len(rows))):
-                image, error = next(decoded)
+            with work.timed("decode"):
+                batch = list(islice(decoded, min(batch_size, len(rows) - first)))
+            for place, (image, error) in enumerate(batch, first):
                 if image is not None:
                     places.append(place)
                     images.append(image)
@@ -350,7 +414,8 @@ def embed_images(
                 else:
                     errors[place] = str(error)
             if images:
-                vectors[places] = _halving(encoder.encode, torch.stack(images))
+                with work.timed("encode"):
+                    vectors[places] = encode(torch.stack(images))
             done += min(batch_size, len(rows) - first)
             if progress:
                 progress(done, len(image_ids))
@@ -374,6 +439,7 @@ def embed_captions(
     store: EmbeddingStore,
     *,
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> np.ndarray:
     """Embed the captions that the store does not hold yet, and return all as read back from it.
 
@@ -383,6 +449,7 @@ def embed_captions(
         captions: the captions.
         store: where embeddings are kept.
         progress: called with captions embedded and captions in all, what the store held included.
+        work: what is done is added to it.
 
     Returns:
         Vectors [N, D] float32.
@@ -390,12 +457,16 @@ def embed_captions(
     _, known, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
     missing = np.flatnonzero(~known).tolist()
     done = len(caption_ids) - len(missing)
+    work = work or Work()
+    work.captions += len(missing)
+    encode = _Fitting(encoder.encode)
     run = CAPTIONS_PER_LEARNT_SHARD if encoder.spec == "tfidf" else CAPTIONS_PER_SHARD
     if progress:
         progress(done, len(caption_ids))
     for start in range(0, len(missing), run):
         rows = missing[start : start + run]
-        vectors = _halving(encoder.encode, [captions[row] for row in rows])
+        with work.timed("encode"):
+            vectors = encode([captions[row] for row in rows])
         store.write(
             "caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows)
         )
@@ -453,17 +524,73 @@ def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: 
                 future.cancel()
 
 
-def _halving(encode: Callable[..., Tensor], batch: Tensor | list[str]) -> Tensor:
-    """Encode a batch; where memory runs out, its halves, one after the other."""
+class _Fitting:
+    """Encodes batches in parts that fit into memory: halved when it runs out, and so from then on.
+
+    Attributes:
+        at_once: the largest part that is still tried; None as long as nothing had to be halved.
+    """
+
+    def __init__(self, encode: Callable[..., Tensor]) -> None:
+        self.encode = encode
+        self.at_once: int | None = None
+
+    def __call__(self, batch: Tensor | list[str]) -> Tensor:
+        """Vectors of a batch, whole or in parts."""
+        done: list[Tensor] = []
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + (self.at_once or len(batch))]
+            try:
+                done.append(self.encode(part))
+            except (RuntimeError, MemoryError) as problem:
+                if len(part) == 1 or not _is_out_of_memory(problem):
+                    raise
+                self.at_once = len(part) // 2
+            else:
+                start += len(part)
+                continue
+            # Here, not above: while the error is handled, it holds what was computed until then.
+            torch.cuda.empty_cache()
+            logger.warning("out of memory at %d at once, going on with %d", len(part), self.at_once)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(problem) for words in _OUT_OF_MEMORY)
+
+
+def batch_that_fits(encoder: ImageEncoder) -> int:
+    """How many images to encode at once: 64 on the processor; on a GPU a power of two that fills half of what is free.
+
+    It is measured by one batch of blank images.
+    """
+    device = getattr(encoder, "device", "cpu")
+    if not str(device).startswith("cuda"):
+        return IMAGES_AT_ONCE
+    blank = torch.zeros(IMAGES_AT_ONCE, 3, *encoder.input_size, dtype=torch.uint8)
     try:
-        return encode(batch)
-    except (RuntimeError, MemoryError) as problem:
-        is_memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(
-            problem
-        )
-        if len(batch) == 1 or not is_memory:
-            raise
+        encoder.encode(blank[:1])  # workspaces of the first call are no part of an image's need
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        encoder.encode(blank)
+        needed = torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        logger.warning("out of memory at %d at once, going on with %d", len(batch), len(batch) // 2)
-    middle = len(batch) // 2
-    return torch.cat([_halving(encode, batch[:middle]), _halving(encode, batch[middle:])])
+        return IMAGES_AT_ONCE
+    return power_that_fits(needed / IMAGES_AT_ONCE, torch.cuda.mem_get_info()[0] / 2)
+
+
+def power_that_fits(each: float, room: float) -> int:
+    """The largest power of two, 1..1024, of things of `each` bytes that fit into `room` bytes.
+
+    Example:
+        >>> power_that_fits(10e6, 4e9), power_that_fits(10e6, 1e6), power_that_fits(1e3, 4e9)
+        (256, 1, 1024)
+    """
+    number = 1
+    while number < MOST_AT_ONCE and 2 * number * each <= room:
+        number *= 2
+    return number

@@ -56,6 +56,13 @@ class RunError(AuditError, RuntimeError):
     """A run directory is missing, incomplete, stale or in use."""
 
 
+class DiskError(AuditError, RuntimeError):
+    """A file could not be written for want of room.
+
+    Not an OSError: those who read images take one for an image that cannot be read, and go on.
+    """
+
+
 class TrainingError(AuditError, RuntimeError):
     """Training went wrong: a non-finite loss, with the step and the learning rate."""
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 PATIENCE = 1.5  # seconds
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Nothing is asked of the hub meanwhile: what is not in its cache counts as out of reach."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def refusal(kind: Literal["models", "datasets"], repository: str) -> str | None:

@@ -36,9 +36,17 @@ from nc_audit.dataset import (
 from nc_audit.decisions import Decision, read_decisions
 from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
 from nc_audit.recipe import Recipe
-from nc_audit.run import Run, digest_of, file_digest, write_parquet
+from nc_audit.run import LOCK, MANIFEST, Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
-from nc_audit.tag import MODEL, Thresholds, tag_scores, threshold_for_precision, thresholds_in_use
+from nc_audit.tag import (
+    MODEL,
+    NEEDED_PAIRS,
+    NEEDED_SCORES,
+    Thresholds,
+    tag_scores,
+    threshold_for_precision,
+    thresholds_in_use,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +56,9 @@ if TYPE_CHECKING:
     from nc_audit.methods.matching import Pairs
     from nc_audit.train import Trajectory
 
+_BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
+_SPENT = ("learn", "decode", "encode")
 
 
 class Watcher(Protocol):
@@ -109,17 +119,26 @@ def score_dataset(
     check_exists(dataset)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file", "give a folder with --out")
-    if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
+    if out.is_dir() and not _is_ours(out):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
     audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence())
+    if (out / LOCK).exists():
+        with audit.run.locked():
+            pass  # that another process holds it should be told before the encoders are looked for
     audit.encoder_plan  # noqa: B018  a wrong encoder should be told before anything is written
     with audit.run.locked():
-        if (out / "run.json").exists():
+        if (out / MANIFEST).exists():
             audit.run = Run.open(out)
         run = audit.run
         if force:
             run.manifest["stages"] = {}
         return audit.run_all()
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder is a run, also one that was stopped before its manifest stood, or is empty."""
+    found = {path.name for path in out.iterdir()}
+    return MANIFEST in found or not found or (LOCK in found and found <= _BEFORE_THE_MANIFEST)
 
 
 class _Audit:
@@ -310,7 +329,7 @@ class _Audit:
         if self.recipe.train.method != "rrsitr" or not self.recipe.train.rrsitr.local:
             return {}
         from nc_audit import tokens
-        from nc_audit.embed import EmbeddingStore
+        from nc_audit.embed import IMAGES_AT_ONCE, EmbeddingStore
 
         found, folded = self.embeddings, self.folded
         for encoder in (found.image_encoder, found.text_encoder):
@@ -326,7 +345,7 @@ class _Audit:
                 folded.image_ids,
                 lambda position: self.images.read(folded.image_uris[position]),
                 store,
-                batch_size=self.recipe.image.batch,
+                batch_size=self.recipe.image.batch or IMAGES_AT_ONCE,
                 progress=lambda done, total: self.watch.progress("embed patches", done, total),
             ),
             "caption_tokens": tokens.caption_tokens(
@@ -404,6 +423,12 @@ class _Audit:
             "plan": self.encoder_plan.facts(),
             "undecodable_images": len(embeddings.failures),
             "cut_captions": num_cut,
+            "embedded": {"images": embeddings.work.images, "captions": embeddings.work.captions},
+            "held": {
+                "images": len(embeddings.image_ids) - embeddings.work.images,
+                "captions": len(embeddings.caption_ids) - embeddings.work.captions,
+            },
+            "embed_seconds": {name: round(getattr(embeddings.work, name), 3) for name in _SPENT},
         }
 
     def _train(self) -> tuple[dict[str, int], dict[str, Any]]:
@@ -421,8 +446,14 @@ class _Audit:
             trusted_N=self.trusted,
             **self.tokens,
         )
-        trained = train(inputs, settings, self.watch.progress)
         folder, num = self.run.path / "model", len(self.pairs)
+
+        def progress(what: str, done: int, total: int) -> None:
+            # An epoch ends with a look at every pair.
+            pairs = num if what.startswith("train") else 1
+            self.watch.progress(what, done * pairs, total * pairs)
+
+        trained = train(inputs, settings, progress)
         pair_id = pa.array(self.folded.pair_ids)
         trained.model.save(folder / "heads.safetensors")
         write_parquet(_trajectory(trained.trajectory, pair_id), folder / "trajectory.parquet")
@@ -594,17 +625,19 @@ def retag(
         The new summary.
 
     Raises:
-        RunError: the run is not scored. RecipeError: the thresholds are not in order.
+        RunError: the run is not scored, or another process holds it. RecipeError: the thresholds are not in order.
     """
     run.stage("score")
-    section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
-    low = section.get("clean_at", 0.2) if clean_at is None else clean_at
-    high = section.get("noisy_at", 0.8) if noisy_at is None else noisy_at
-    if target_precision is not None:
-        scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
-        high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
-        low = min(low, high)
     with run.locked():
+        run.manifest = Run.open(run.path).manifest  # as whoever held it before left it
+        run.stage("score")
+        section = (run.manifest.get("recipe") or {}).get("settings", {}).get("tag", {})
+        low = section.get("clean_at", 0.2) if clean_at is None else clean_at
+        high = section.get("noisy_at", 0.8) if noisy_at is None else noisy_at
+        if target_precision is not None:
+            scores = run.table("scores", ["noise_probability"])["noise_probability"].drop_null()
+            high = threshold_for_precision(scores.to_numpy().astype(np.float64), target_precision)
+            low = min(low, high)
         thresholds = Thresholds(low, high)
         key = _retag_key(run, thresholds, budget)
         files, facts = _write_tags(run, thresholds, budget)
@@ -678,13 +711,15 @@ def _write_tags(
     blind = run.stage("score")["noise_rate"]["evidence"] == "none"
     has_findings = "findings.parquet" in run.stage("score")["files"]
     tags = tag_scores(
-        run.table("scores"),
-        run.table("pairs"),
+        run.table("scores", NEEDED_SCORES),
+        run.table("pairs", NEEDED_PAIRS),
         thresholds,
         blind=blind,
         budget=budget,
         decisions=_decisions(run),
-        findings=run.table("findings") if has_findings else None,
+        findings=run.table("findings", ["row", "kind", "detail", "partner_row", "probability"])
+        if has_findings
+        else None,
     )
     run.write_table("tags", tags)
     stated = {
@@ -710,7 +745,7 @@ def summarise(run: Run) -> dict[str, Any]:
             f"{sum(tags.values()):,} rows are tagged but {status.get('ok', 0):,} are ok",
             "score the dataset again with --force",
         )
-    train = run.stage("train")
+    train, embed = run.stage("train"), run.stage("embed")
     return {
         "rows": rows,
         "pairs": train["pairs"],
@@ -722,9 +757,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "noise_rate": run.stage("score")["noise_rate"],
         "whole_images": train["whole_images"],
         "thresholds": run.stage("tag")["thresholds"],
-        "encoders": run.stage("embed")["encoders"],
+        "encoders": embed["encoders"],
         "findings": _count_findings(run),
         "seconds": {stage: run.stage(stage)["seconds"] for stage in STAGES},
+        **{name: embed[name] for name in ("embedded", "held", "embed_seconds") if name in embed},
     }
 
 

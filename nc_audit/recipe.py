@@ -55,7 +55,9 @@ class ImageSection(_Section):
         None, description="channel deviations of the input"
     )
     size: int | None = Field(None, ge=16, le=4096, description="input side in pixels")
-    batch: int = Field(64, ge=1, description="images per batch")
+    batch: int = Field(
+        0, ge=0, description="images per batch; 0 = by the device; halved when memory runs out"
+    )
 
 
 class TextSection(_Section):

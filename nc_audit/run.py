@@ -2,18 +2,23 @@
 
 A file is written under a partial name, flushed, renamed, and then recorded in `run.json`, which itself is
 replaced atomically. A stage is done when the manifest lists it under the key of its inputs and its files are
-there with the recorded digests; otherwise it is stale and runs again. One process at a time writes to a run.
+there with the recorded digests; otherwise it is stale and runs again. One process at a time writes to a run: the
+kernel holds its lock, and lets go of it however the process ends.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,21 @@ import pyarrow.parquet as pq
 
 from nc_audit import __version__
 from nc_audit.decisions import read_decisions
-from nc_audit.errors import RunError
+from nc_audit.errors import AuditError, DiskError, RunError
 from nc_audit.schema import check_table
 
 MANIFEST = "run.json"
 FORMAT = 1
 RUNS = Path("runs")
 LATEST = "latest"
+LOCK = ".lock"
+_READERS_NEED = 5.0
+"""Seconds within which whoever reads a run is through with its tables."""
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file would be larger than is allowed here",
+}
 
 
 def digest_of(value: Any) -> str:
@@ -44,23 +57,121 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says of a write for which there is no room what could not be written, where, and how much is free.
+
+    Raises:
+        DiskError: in the place of whatever the writer raised; what failed for other reasons passes as it is.
+    """
+    try:
+        yield
+    except AuditError:
+        raise
+    except Exception as problem:
+        why = no_room(problem)
+        if why is None:
+            raise
+        raise DiskError(
+            f"{why}: {path} could not be written{_free_at(path)}",
+            "make room, then give the same command again; nothing half-written stands in its way",
+            path=str(path),
+        ) from problem
+
+
+def no_room(problem: Exception) -> str | None:
+    """In words, that a write failed for want of room; None where it failed for another reason."""
+    if isinstance(problem, OSError) and problem.errno in _NO_ROOM:
+        return _NO_ROOM[problem.errno]
+    # Writers in other languages say it in words alone.
+    said = re.search(r"\(os error (\d+)\)|No space left on device", str(problem))
+    if said is None:
+        return None
+    return _NO_ROOM.get(int(said[1]) if said[1] else errno.ENOSPC)
+
+
+def _free_at(path: Path) -> str:
+    place = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    try:
+        return f" ({shutil.disk_usage(place).free / 1e6:,.1f} MB free in {place})"
+    except OSError:
+        return ""
+
+
+@contextmanager
 def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """A partial path to write to; on success flushed and renamed to `path`, on failure removed.
 
     Args:
         path: the file.
         flushed: wait until the disk holds it; not worth the wait for thousands of files that are easily made again.
+
+    Raises:
+        DiskError: there is no room for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        if flushed:
-            with partial.open("rb") as handle:
-                os.fsync(handle.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            yield partial
+            if flushed:
+                with partial.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def take_lock(file: int, how: int, what: str, hint: str) -> None:
+    """Lock an open file, whose text says who holds it alone, or refuse at once.
+
+    Args:
+        file: its descriptor; closing it lets go.
+        how: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`. Who wants it alone waits some seconds for those who only read.
+        what: is in use, for the message.
+        hint: what to do then.
+
+    Raises:
+        RunError: another process holds it, or the disk knows no locks.
+    """
+    until = time.monotonic() + _READERS_NEED
+    while True:
+        try:
+            return fcntl.flock(file, how | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(
+                    f"{what} cannot be locked: {problem.strerror}", "put it on a disk that knows locks"
+                ) from problem
+            holder = _holder(file)
+            if holder or time.monotonic() > until:
+                raise RunError(
+                    f"{what} is in use by {holder or 'another process, which reads it'}", hint
+                ) from problem
+        time.sleep(0.05)
+
+
+def sign_lock(file: int) -> None:
+    """Write into a locked file which process holds it, and since when; on a full disk the lock holds without."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0)
+
+
+def _holder(file: int) -> str | None:
+    """Who says to hold a locked file; None where nobody does, or somebody who is no more."""
+    text = os.pread(file, 200, 0).decode("utf-8", "replace").strip()
+    found = re.fullmatch(r"process (\d+) on (\S+) since .*", text)
+    if found is None:
+        return None
+    if found[2] == socket.gethostname():
+        try:
+            os.kill(int(found[1]), 0)
+        except (ProcessLookupError, OverflowError):
+            return None
+        except PermissionError:
+            pass
+    return text
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -140,25 +251,44 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The run, for this process alone.
+        """The run, to be written to by this process alone.
 
         Raises:
-            RunError: another process holds it.
+            RunError: another process holds it. DiskError: there is no room for the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as handle:
+        lock = self.path / LOCK
+        with writing(lock):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            take_lock(file, fcntl.LOCK_EX, str(self.path), "wait for it, or score into another --out")
+            sign_lock(file)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as problem:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise RunError(
-                    f"{self.path} is in use by {holder}", "wait for it, or give another --out"
-                ) from problem
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()}")
-            handle.flush()
+                yield
+            finally:
+                os.ftruncate(file, 0)
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The run while nobody writes to it, for seconds, to read several of its tables as they belong together.
+
+        Raises:
+            RunError: another process writes to it.
+        """
+        try:
+            file = os.open(self.path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            # Never locked, or not ours to lock, as a run on a disk that is only read: so nobody writes to it here.
             yield
+            return
+        try:
+            take_lock(file, fcntl.LOCK_SH, str(self.path), "wait for it")
+            self.manifest = Run.open(self.path).manifest
+            yield
+        finally:
+            os.close(file)
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether the manifest lists the stage under this key and its files are as recorded."""
@@ -208,13 +338,18 @@ class Run:
         """A table of the run (`pairs`, `scores`, `tags`), checked against its schema unless `columns` are named.
 
         Raises:
-            RunError: the table is not there.
+            RunError: the table is not there, or lacks one of the `columns`.
         """
         path = self.path / f"{name}.parquet"
         if not path.is_file():
             dataset = self.manifest.get("dataset", {}).get("path", "DATASET")
             raise RunError(
                 f"{self.path} has no {name}.parquet", f"nc-audit score {dataset} --out {self.path} makes it"
+            )
+        missing = sorted({*(columns or ())} - {*pq.read_schema(path).names})
+        if missing:
+            raise RunError(
+                f"{path} has no column {', '.join(missing)}", "score the dataset again with --force"
             )
         table = pq.read_table(path, columns=columns)
         return table if columns else check_table(name, table)
@@ -226,11 +361,12 @@ class Run:
 
 def remember_latest(path: Path, runs: Path = RUNS) -> None:
     """Make `path` the run that the commands without --run take: the symbolic link `runs/latest`."""
-    runs.mkdir(parents=True, exist_ok=True)
-    partial = runs / f".{LATEST}.partial"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(path.resolve(), runs.resolve()), target_is_directory=True)
-    partial.replace(runs / LATEST)
+    with writing(runs / LATEST):
+        runs.mkdir(parents=True, exist_ok=True)
+        partial = runs / f".{LATEST}.{os.getpid()}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(os.path.relpath(path.resolve(), runs.resolve()), target_is_directory=True)
+        partial.replace(runs / LATEST)
 
 
 def list_runs(runs: Path = RUNS) -> list[Run]:

@@ -23,6 +23,22 @@ MODEL = "model"
 NAMELESS = "reviewer"
 """Stands in `decided_by` for a reviewer without a name, or with the model's."""
 
+NEEDED_PAIRS = ["pair_id", "row", "status", "status_detail"]
+NEEDED_SCORES = [
+    "noise_probability",
+    "noise_score",
+    "caption_rank",
+    "image_rank",
+    "relative_loss",
+    "swapped_entropy",
+    "neighbour_distance",
+    "best_caption",
+    "best_caption_margin",
+    "best_image",
+    "best_image_margin",
+]
+"""The columns that `tag_scores` looks at."""
+
 _GENERIC_ENTROPY = 0.9
 _MOST_REASONS = 5
 _SAID_BY_STATUS = {"empty_caption"}
@@ -95,8 +111,8 @@ def tag_scores(
     """The `tags` table of a run.
 
     Args:
-        scores: the `scores` table.
-        pairs: the `pairs` table, same rows in the same order.
+        scores: the `scores` table, or NEEDED_SCORES of it.
+        pairs: the `pairs` table, or NEEDED_PAIRS of it; same rows in the same order.
         thresholds: on the noise probability.
         blind: the scores told swaps from given pairs no better than chance: everything is ambiguous, and says so.
         budget: tag the worst share of the rows noisy instead of using `noisy_at`, 0..1.
@@ -263,28 +279,45 @@ def _reasons(
     best_caption = _texts(scores["best_caption"], asked)
     best_image = _texts(scores["best_image"], asked)
     result: list[list[str]] = [[] for _ in range(len(codes))]
-    for at, better_caption, better_image in zip(asked.tolist(), best_caption, best_image, strict=True):
+    # As Python's own numbers: one by one out of an array they would take twice the time.
+    columns = (
+        column[asked].tolist()
+        for column in (
+            caption_rank,
+            image_rank,
+            caption_margin,
+            image_margin,
+            far,
+            relative_loss,
+            codes,
+            entropy,
+            probability,
+        )
+    )
+    for at, caption, image, c_rank, i_rank, c_margin, i_margin, is_far, loss, code, generic, p in zip(
+        asked.tolist(), best_caption, best_image, *columns, strict=True
+    ):
         reasons = result[at]
         if blind:
             reasons.append("the scores cannot tell given pairs from deliberate mismatches")
             continue
-        if caption_rank[at] > 1:
-            reasons.append(_count(int(caption_rank[at]) - 1, "other caption", "the image"))
-        if image_rank[at] > 1:
-            reasons.append(_count(int(image_rank[at]) - 1, "other image", "the caption"))
-        if better_caption is not None and caption_margin[at] > 0:
-            reasons.append(f"better caption by {caption_margin[at]:.2f}: {better_caption}")
-        if better_image is not None and image_margin[at] > 0:
-            reasons.append(f"better image by {image_margin[at]:.2f}: {better_image}")
-        if far[at]:
+        if c_rank > 1:
+            reasons.append(_count(int(c_rank) - 1, "other caption", "the image"))
+        if i_rank > 1:
+            reasons.append(_count(int(i_rank) - 1, "other image", "the caption"))
+        if caption is not None and c_margin > 0:
+            reasons.append(f"better caption by {c_margin:.2f}: {caption}")
+        if image is not None and i_margin > 0:
+            reasons.append(f"better image by {i_margin:.2f}: {image}")
+        if is_far:
             reasons.append("images and captions nearby contradict it")
-        if relative_loss[at] >= 1:
-            reasons.append(f"loss at {relative_loss[at]:.0%} of chance")
-        if codes[at] == 1:
-            if entropy[at] >= _GENERIC_ENTROPY:
+        if loss >= 1:
+            reasons.append(f"loss at {loss:.0%} of chance")
+        if code == 1:
+            if generic >= _GENERIC_ENTROPY:
                 reasons.append("generic: fits many others about as well")
-            conflicts = "evidence conflicts" if 0.05 < probability[at] < 0.95 else "not among the worst"
-            reasons.insert(0, f"{conflicts}: {probability[at]:.0%} likely noise")
+            conflicts = "evidence conflicts" if 0.05 < p < 0.95 else "not among the worst"
+            reasons.insert(0, f"{conflicts}: {p:.0%} likely noise")
     for at, found in _found_by_row(findings).items():
         result[at] = _with_findings(result[at], found, bool(codes[at] > 0))
     statuses = pairs["status"].to_pylist()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from nc_audit import embed
-from nc_audit.embed import EmbeddingStore, embed_captions, embed_images, fit_captions, fit_images
+from nc_audit.embed import (
+    EmbeddingStore,
+    Work,
+    batch_that_fits,
+    embed_captions,
+    embed_images,
+    fit_captions,
+    fit_images,
+)
 from nc_audit.encoders.patches import Patches
 from nc_audit.encoders.tfidf import Tfidf
 from nc_audit.errors import EncoderError
@@ -354,3 +364,80 @@ def test_captions_are_learnt_from_their_set():
     assert fitted.digest == fit_captions(Tfidf(0), ["1", "2", "3"], captions).digest
     assert fitted.digest != fit_captions(Tfidf(0), ["1", "2", "4"], captions).digest
     assert fit_captions(fitted, ["1"], ["a"]) is fitted
+
+
+def test_memory_that_once_ran_out_is_not_tried_again(tmp_path):
+    class Small(Means):
+        def encode(self, batch: Tensor) -> Tensor:
+            self.batches.append(len(batch))
+            if len(batch) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch.float().mean((2, 3))
+
+    ids, data = _dataset(24)
+    encoder = Small()
+    vectors, _ = embed_images(encoder, ids, data.__getitem__, EmbeddingStore(tmp_path), batch_size=8)
+    assert encoder.batches == [8, 4, 2, 2, 2, 2] + [2, 2, 2, 2] * 2
+    assert vectors[:, 0].tolist() == list(range(24))
+
+
+# A process with little memory left, in which the allocator of the processor itself refuses.
+TIGHT = """
+import logging, resource, sys
+from pathlib import Path
+import numpy as np, torch
+from nc_audit.embed import EmbeddingStore, embed_images
+sys.path.insert(0, {tests!r})
+from test_embed import Means, _dataset
+
+class Hungry(Means):
+    def encode(self, batch):
+        room = torch.ones(len(batch), 4_000_000)
+        self.batches.append(len(batch))
+        return batch.float().mean((2, 3)) + room[:, :3] - 1
+
+torch.set_num_threads(1)
+logging.basicConfig(format="%(message)s")
+ids, data = _dataset(64)
+encoder = Hungry()
+encoder.encode(torch.zeros(1, 3, 8, 8))
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 350_000_000,) * 2)
+store = EmbeddingStore(Path({folder!r}))
+vectors, _ = embed_images(encoder, ids, data.__getitem__, store, batch_size=32, num_workers=1)
+assert vectors[:, 0].tolist() == list(range(64))
+print(encoder.batches[1:])
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does"
+)
+def test_when_the_processor_itself_runs_out_of_memory_smaller_batches_go_on(tmp_path):
+    code = TIGHT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(size) for size in done.stdout.strip()[1:-1].split(",")]
+    assert sum(sizes) == 64
+    assert max(sizes) < 32
+    assert done.stderr.splitlines()[0] == "out of memory at 32 at once, going on with 16"
+
+
+def test_what_was_done_and_what_was_there_is_counted(tmp_path):
+    ids, data = _dataset(10, broken=(9,))
+    store, work = EmbeddingStore(tmp_path), Work()
+    embed_images(Means(), ids[:7], data.__getitem__, store, work=work)
+    assert (work.images, work.captions) == (7, 0)
+    assert work.decode > 0
+    assert work.encode > 0
+    work = Work()
+    embed_images(Means(), ids, data.__getitem__, store, work=work)
+    assert work.images == 3
+    embed_images(Means(), ids, data.__getitem__, store, work=work)
+    assert work.images == 3
+    embed_captions(Lengths(), ids, ["a"] * 10, store, work=work)
+    assert work.captions == 10
+
+
+def test_the_processor_takes_64_images_at_once():
+    assert batch_that_fits(Means()) == 64

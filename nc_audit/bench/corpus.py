@@ -19,7 +19,14 @@ from nc_audit import tokens
 from nc_audit.bench.classes import classes_of_names, cluster_classes
 from nc_audit.bench.inject import Injected, fold_rows, inject
 from nc_audit.dataset import Folded, content_id, fold, normalise_caption
-from nc_audit.embed import EmbeddingStore, embed_captions, embed_images, fit_captions, fit_images
+from nc_audit.embed import (
+    IMAGES_AT_ONCE,
+    EmbeddingStore,
+    embed_captions,
+    embed_images,
+    fit_captions,
+    fit_images,
+)
 from nc_audit.encoders import Encoders, TextEncoder
 from nc_audit.errors import DatasetError
 from nc_audit.methods.matching import Pairs
@@ -68,7 +75,7 @@ class Corpus:
         read: bytes of an image by its URI.
         store: where embeddings are kept.
         test_split: rows of this split stay clean and out of injection and training; None for none.
-        batch_size: images per batch.
+        batch_size: images per batch; 0 finds it.
         seed: of clusters that stand for classes.
         progress: told what is embedded and how far.
     """
@@ -81,7 +88,7 @@ class Corpus:
         store: EmbeddingStore,
         *,
         test_split: str | None = None,
-        batch_size: int = 64,
+        batch_size: int = 0,
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
@@ -180,7 +187,7 @@ class Corpus:
             self.image_ids,
             self.read_image,
             self.store,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or IMAGES_AT_ONCE,
             progress=self._part("embed patches"),
         )
 

@@ -50,8 +50,21 @@ def evaluate_run(
         folder name; None where names tell no classes.
 
     Raises:
-        RunError: the run is not trained, or its dataset has gone. DatasetError: the split does not exist.
+        RunError: the run is not trained, its dataset has gone, or another process holds it.
+        DatasetError: the split does not exist.
     """
+    with run.locked():  # what the split has beyond the run's own images goes into the run's embeddings
+        run.manifest = Run.open(run.path).manifest
+        return _evaluate(run, split, device, precision, progress)
+
+
+def _evaluate(
+    run: Run,
+    split: str | None,
+    device: str,
+    precision: str,
+    progress: Callable[[str, int, int | None], None] | None,
+) -> dict[str, Any]:
     run.stage("train")
     tell = progress or (lambda _what, _done, _total: None)
     recipe = build_recipe(settings=run.manifest["recipe"]["settings"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from nc_audit.encoders import EncoderPlan, load_encoders
 from nc_audit.errors import RecipeError, nearest
 from nc_audit.pipeline import load_options, plan_of
 from nc_audit.recipe import Recipe, build_recipe
-from nc_audit.run import digest_of, write_parquet
+from nc_audit.run import Run, digest_of, write_parquet, writing
 
 RESULTS = "results.jsonl"
 CUT = " #cut"
@@ -184,20 +185,21 @@ def bench(
     Returns:
         The results of the grid, in its order.
     """
-    out.mkdir(parents=True, exist_ok=True)
     store = EmbeddingStore(out / "embeddings")
-    store.folder.mkdir(exist_ok=True)
-    encoders = load_encoders(plan)
     batch_size = layers.recipe(grid.recipes[0]).image.batch
-    corpus = Corpus(
-        pairs,
-        encoders,
-        images.read,
-        store,
-        test_split=grid.test_split,
-        batch_size=batch_size,
-        progress=watch.progress,
-    )
+    with Run(out).locked():  # several benches may measure in one folder, but not embed into it
+        with writing(store.folder):
+            store.folder.mkdir(exist_ok=True)
+        encoders = load_encoders(plan)
+        corpus = Corpus(
+            pairs,
+            encoders,
+            images.read,
+            store,
+            test_split=grid.test_split,
+            batch_size=batch_size,
+            progress=watch.progress,
+        )
     known = {one["key"]: one for one in read_results(out)}
     data = digest_of([sorted(corpus.image_ids), corpus.captions, grid.test_split])
     jobs = [(cell, spec) for cell in grid.cells() for spec in grid.recipes]
@@ -289,15 +291,20 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 
 def _append(out: Path, result: dict[str, Any]) -> None:
-    """One line more; several benches may share a folder."""
-    with (out / RESULTS).open("a+", encoding="utf-8") as file:
+    """One line more, whole or not at all; several benches may share a folder."""
+    with writing(out / RESULTS), (out / RESULTS).open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        if text and not text.endswith("\n"):
-            file.write(f"{CUT}\n")
-        file.write(json.dumps(result) + "\n")
-        file.flush()
+        size = file.seek(0, os.SEEK_END)
+        line = (json.dumps(result) + "\n").encode()
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = f"{CUT}\n".encode() + line
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(file.fileno(), rest) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
 
 
 def _plain(value: Any) -> Any:

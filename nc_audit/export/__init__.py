@@ -25,7 +25,7 @@ from nc_audit.export.croissant import croissant
 from nc_audit.export.datacomp import write_datacomp
 from nc_audit.export.folder import check_place, replacing_folder, write_marker
 from nc_audit.export.hub import write_hub
-from nc_audit.export.parquet import write_shards
+from nc_audit.export.parquet import write_shards, write_tables
 from nc_audit.export.plan import DROPPED, UNREADABLE, Plan, Written, plan_export
 from nc_audit.export.rows import short_floats
 from nc_audit.export.tables import write_csv, write_imagefolder, write_jsonl
@@ -51,6 +51,13 @@ class Format:
     about: str
     carries_captions: bool = True
 
+
+WITHOUT_IMAGES = Format(
+    write_tables,
+    "Parquet in `data/` without the images: `image` is the name that the dataset gives each. `nc-audit score` reads it "
+    "with `--image-root`.",
+)
+"""The format `parquet` where no images are wanted."""
 
 FORMATS = {
     "parquet": Format(
@@ -149,6 +156,7 @@ def export_run(
     drop: Sequence[str] = (),
     reweight: bool = False,
     rematch: bool = False,
+    with_images: bool = True,
     overwrite: bool = False,
     read_image: Callable[[str], bytes],
     progress: Callable[[int, int | None], None] | None = None,
@@ -163,6 +171,7 @@ def export_run(
         reweight: add `weight`, 0..1: 1 - noise_probability, or what people decided.
         rematch: give pairs the caption of the row that the run found to fit, where it is confident; each change is
             listed in `rematches.csv`, as are captions that people corrected.
+        with_images: store the images too; without, only `parquet` is written, and no image is read.
         overwrite: replace `out` even when it holds other files; they are deleted.
         read_image: the bytes of an image by its image_uri; OSError or ValueError (so also our DatasetError) where
             there are none any more, which drops the row.
@@ -170,11 +179,16 @@ def export_run(
 
     Raises:
         DatasetError: the format or a tag is unknown, `out` may not be replaced, or no row would be left.
-        RunError: a table of the run is missing or stale, another process exports to `out`, or counts disagree.
+        RunError: a table of the run is missing or stale, another process writes to the run or exports to
+            `out`, or counts disagree.
     """
     if format not in FORMATS:
         raise DatasetError(f"unknown export format {plain(format)!r}", nearest(format, list(FORMATS)))
-    form = FORMATS[format]
+    form = FORMATS[format] if with_images else WITHOUT_IMAGES
+    if not with_images and format != "parquet":
+        raise DatasetError(
+            f"{format} comes with its images", "--no-images goes with --format parquet; datacomp has none"
+        )
     for is_asked, option, what in ((reweight, "--reweight", "weights"), (rematch, "--rematch", "captions")):
         if is_asked and not form.carries_captions:
             raise DatasetError(
@@ -182,10 +196,11 @@ def export_run(
             )
     drop = check_tags(drop, "drop")
     check_place(out, overwrite=overwrite, keep=_kept_places(run))
-    before = summary(run)
-    plan = plan_export(
-        run, drop=drop, reweight=reweight, rematch=rematch, carries_captions=form.carries_captions
-    )
+    with run.settled():
+        before = summary(run)
+        plan = plan_export(
+            run, drop=drop, reweight=reweight, rematch=rematch, carries_captions=form.carries_captions
+        )
     if not plan.kept.num_rows:
         raise DatasetError(
             _nothing_left(_by_reason(plan.dropped)), "drop fewer tags, or audit a dataset with usable pairs"
@@ -214,6 +229,8 @@ def export_run(
             _write_csv(folder / CHANGES_LIST, changes)
         recipe = run.manifest.get("recipe") or {}
         options = {"drop": drop, "reweight": reweight, "rematch": rematch}
+        if not with_images:
+            options["images"] = False
         facts = CardFacts(
             tool=__version__,
             dataset=_name_of(before["dataset"] or run.path),
@@ -234,7 +251,7 @@ def export_run(
             changes_list=CHANGES_LIST if rematch or changes.num_rows else None,
         )
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
-        described = croissant(facts, folder, plan.kept.schema)
+        described = croissant(facts, folder, plan.kept.schema, images_inside=with_images)
         (folder / "croissant.json").write_text(described, encoding="utf-8")
         write_marker(
             folder,

@@ -13,7 +13,7 @@ from nc_audit.schema import STATUSES, TABLES
 _CAPTION = "the caption as the dataset gives it"
 _FILE = "name of the image file"
 _OWN_MEANINGS = {
-    "image": "the image: the file itself with its base name, or where it lies in this folder",
+    "image": "the image: the file itself with its base name, where it lies in this folder, or its name in the dataset",
     "file_name": _FILE,
     "filename": _FILE,
     "caption": _CAPTION,

@@ -51,13 +51,14 @@ _SHARDS = {".parquet", ".tar", ".arrow"}
 _LISTS = {"dropped.csv", "rematches.csv", "state.json", "dataset_info.json", "dataset_dict.json"}
 
 
-def croissant(facts: CardFacts, folder: Path, schema: pa.Schema) -> str:
+def croissant(facts: CardFacts, folder: Path, schema: pa.Schema, *, images_inside: bool = True) -> str:
     """The metadata as JSON-LD.
 
     Args:
         facts: what the card states.
         folder: the export, its data files written.
         schema: of the kept rows; gives the types of the columns.
+        images_inside: whether Parquet holds the images themselves, not their names.
 
     Returns:
         A JSON document that ends with a line break.
@@ -74,7 +75,7 @@ def croissant(facts: CardFacts, folder: Path, schema: pa.Schema) -> str:
     }
     # Several tables are the splits of one only as shards, which one file set holds.
     if len(tables) == 1:
-        document["recordSet"] = [_record_set(tables[0], facts.columns, schema)]
+        document["recordSet"] = [_record_set(tables[0], facts.columns, schema, images_inside)]
     return json_text(document) + "\n"
 
 
@@ -113,13 +114,15 @@ def _distribution(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
     return tables, [one for one in found if one not in tables]
 
 
-def _record_set(table: dict[str, Any], columns: Sequence[str], schema: pa.Schema) -> dict[str, Any]:
+def _record_set(
+    table: dict[str, Any], columns: Sequence[str], schema: pa.Schema, images_inside: bool
+) -> dict[str, Any]:
     kind = "fileSet" if table["@type"] == "cr:FileSet" else "fileObject"
-    is_parquet = table["encodingFormat"] == "application/x-parquet"
+    has_images = images_inside and table["encodingFormat"] == "application/x-parquet"
     fields = []
     for name in columns:
         source: dict[str, Any] = {kind: {"@id": table["@id"]}, "extract": {"column": name}}
-        if name == "image" and is_parquet:
+        if name == "image" and has_images:
             source["transform"] = {"jsonPath": "bytes"}
         fields.append(
             {
@@ -127,7 +130,7 @@ def _record_set(table: dict[str, Any], columns: Sequence[str], schema: pa.Schema
                 "@id": f"pairs/{name}",
                 "name": name,
                 "description": meaning(name, columns),
-                "dataType": "sc:ImageObject" if name == "image" and is_parquet else _data_type(name, schema),
+                "dataType": "sc:ImageObject" if name == "image" and has_images else _data_type(name, schema),
                 "source": source,
             }
         )

@@ -6,17 +6,19 @@ old export or the new one and a killed export leaves nothing behind but that hid
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nc_audit.dataset.guard import MADE_BY, MARKER, marker_of
-from nc_audit.errors import DatasetError, RunError
+from nc_audit.errors import DatasetError
+from nc_audit.run import no_room, sign_lock, take_lock, writing
 
 _MANY_FILES = 500
 
@@ -74,20 +76,20 @@ def replacing_folder(out: Path) -> Iterator[Path]:
     Raises:
         RunError: another process exports to the same place.
         DatasetError: the folder cannot be made.
+        DiskError: there is no room for what is written to it.
     """
     place = out.resolve()
     partial, old = (place.with_name(f".{place.name}.{kind}") for kind in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as problem:
-        raise DatasetError(f"{partial} cannot be made: {problem.strerror}", "give another --out") from problem
-    try:
+    with _held(place, out), writing(out):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.mkdir(exist_ok=True)
+            if partial.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a link")
         except OSError as problem:
-            raise RunError(
-                f"another process exports to {out}", "wait for it, or give another --out"
+            if no_room(problem):
+                raise
+            raise DatasetError(
+                f"{partial} cannot be made: {problem.strerror}", "give another --out"
             ) from problem
         _clear(partial)
         try:
@@ -101,8 +103,34 @@ def replacing_folder(out: Path) -> Iterator[Path]:
             place.rename(old)
         partial.rename(place)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(lock)
+
+
+@contextmanager
+def _held(place: Path, out: Path) -> Iterator[None]:
+    """The place, for this process alone, by a file beside it that says who holds it."""
+    lock = place.with_name(f".{place.name}.lock")
+    while True:
+        try:
+            with writing(lock):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as problem:
+            raise DatasetError(
+                f"{lock} cannot be made: {problem.strerror}", "give another --out"
+            ) from problem
+        try:
+            take_lock(file, fcntl.LOCK_EX, str(out), "wait for it, or give another --out")
+            with suppress(FileNotFoundError):
+                # Who held it before may have taken the file away between our opening and locking it.
+                if os.path.samestat(os.fstat(file), lock.stat()):
+                    sign_lock(file)
+                    try:
+                        yield
+                    finally:
+                        lock.unlink(missing_ok=True)
+                    return
+        finally:
+            os.close(file)
 
 
 def _clear(folder: Path) -> None:

@@ -23,6 +23,7 @@ from nc_audit.export.rows import BLOCK_ROWS, facts_of, split_series
 # The hub's viewer wants row groups of at most 100 MB and shards of at most 500 MB; images are counted uncompressed.
 ROW_GROUP_BYTES = 32 << 20
 SHARD_BYTES = 450_000_000
+ROW_GROUP_ROWS = 1 << 17  # of tables without images
 
 _DTYPES = {
     pa.string(): "string",
@@ -97,6 +98,35 @@ def write_shards(
             written.num_rows[name] = series.num_rows
             written.hub[name] = [f"data/{name}-*"]
             written.data |= dict.fromkeys(files, split)
+    return written
+
+
+def write_tables(
+    kept: pa.Table,
+    folder: Path,
+    read: Callable[[str, str], bytes],
+    *,
+    with_splits: bool,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Written:
+    """Write the kept rows without their images: `image` is the name that the dataset gives it.
+
+    Arguments as in `write_shards`; nothing is read.
+    """
+    columns = ["image", "caption", *facts_of(kept, with_splits=with_splits)]
+    written = Written(columns=columns)
+    (folder / "data").mkdir()
+    for split, name, rows in split_series(kept, with_splits=with_splits):
+        if rows.num_rows:
+            file = f"data/{name}-00000-of-00001.parquet"
+            pq.write_table(
+                rows.select(columns), folder / file, compression="zstd", row_group_size=ROW_GROUP_ROWS
+            )
+            written.num_rows[name] = rows.num_rows
+            written.hub[name] = [f"data/{name}-*"]
+            written.data[file] = split
+            if progress:
+                progress(sum(written.num_rows.values()), kept.num_rows)
     return written
 
 

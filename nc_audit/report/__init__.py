@@ -144,8 +144,13 @@ def report_rows(
     in_scores = columns_of(run, "scores")
     more = [column for column in in_scores if column not in {"row", *_PAIRS, *_TAGS, *_FIRST_SCORES}]
     sort_in_tags = [sort] if sort in {"tag", "decided_by"} or sort not in in_scores else []
+    # What decides about the order first, of all rows; the rest, of those to be shown.
+    sort_in_scores = [] if sort_in_tags or sort == "row" else [sort]
     table = joined(
-        run, pairs=_PAIRS, scores=[*_FIRST_SCORES, *more], tags=list(dict.fromkeys([*_TAGS, *sort_in_tags]))
+        run,
+        pairs=["duplicate_of"],
+        scores=list(dict.fromkeys(["noise_probability", "noise_score", *sort_in_scores])),
+        tags=list(dict.fromkeys(["tag", *sort_in_tags])),
     )
     # Only the first copy of a pair speaks for it; the others are counted.
     first = pc.coalesce(table["duplicate_of"], table["row"]).to_numpy()
@@ -155,8 +160,9 @@ def report_rows(
     if wanted_tags is not None:
         shown = pc.and_(shown, pc.is_in(table["tag"], value_set=pa.array(wanted_tags, pa.string())))
     table = table.filter(shown)
-    table = table.take(_worst_first(table, sort)[:top])
-    return _rows(table, copies[np.searchsorted(distinct, table["row"].to_numpy())], more)
+    rows = table["row"].take(_worst_first(table, sort)[:top])
+    table = joined(run, pairs=_PAIRS, scores=[*_FIRST_SCORES, *more], tags=_TAGS, rows=rows)
+    return _rows(table, copies[np.searchsorted(distinct, rows.to_numpy())], more)
 
 
 def _worst_first(table: pa.Table, sort: str) -> pa.Array:

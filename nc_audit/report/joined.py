@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from nc_audit.errors import RunError
 from nc_audit.run import Run
 
+_AT_ONCE = 1 << 16
+
 
 def columns_of(run: Run, name: str) -> list[str]:
     """The column names of a table of the run, without reading its rows.
@@ -30,7 +32,12 @@ def columns_of(run: Run, name: str) -> list[str]:
 
 
 def joined(
-    run: Run, *, pairs: Sequence[str], scores: Sequence[str] = (), tags: Sequence[str] = ()
+    run: Run,
+    *,
+    pairs: Sequence[str],
+    scores: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    rows: pa.ChunkedArray | None = None,
 ) -> pa.Table:
     """One table of the named columns, in the row order of `pairs`, joined by `row`.
 
@@ -39,24 +46,25 @@ def joined(
         pairs: columns of the pairs; `row` comes first whether it is named or not.
         scores: columns of the scores; none named, the table is not read.
         tags: columns of the tags, likewise.
+        rows: only these, in this order; None for all. The rest of the tables then never is in memory.
 
     Returns:
-        One row per input pair.
+        One row per input pair, or per row asked for.
 
     Raises:
         RunError: a table or a column is missing, or the tables do not hold the same rows.
     """
-    table = _read(run, "pairs", pairs)
+    table = _read(run, "pairs", pairs, rows)
     for name, columns in (("scores", scores), ("tags", tags)):
         if not columns:
             continue
-        other = _beside(run, table["row"], name, _read(run, name, columns))
+        other = _beside(run, table["row"], name, _read(run, name, columns, rows))
         for column in columns:
             table = table.append_column(other.schema.field(column), other[column])
     return table
 
 
-def _read(run: Run, name: str, columns: Sequence[str]) -> pa.Table:
+def _read(run: Run, name: str, columns: Sequence[str], rows: pa.ChunkedArray | None) -> pa.Table:
     wanted = ["row", *(column for column in columns if column != "row")]
     missing = set(wanted) - set(columns_of(run, name))
     if missing:
@@ -64,7 +72,23 @@ def _read(run: Run, name: str, columns: Sequence[str]) -> pa.Table:
             f"{run.path}: {name}.parquet has no column {', '.join(sorted(missing))}",
             "score the dataset again with --force",
         )
-    return run.table(name, wanted)
+    if rows is None:
+        return run.table(name, wanted)
+    file = pq.ParquetFile(run.path / f"{name}.parquet")
+    parts = [
+        part.filter(pc.is_in(part["row"], value_set=rows.combine_chunks()))
+        for part in map(
+            pa.Table.from_batches, ([batch] for batch in file.iter_batches(_AT_ONCE, columns=wanted))
+        )
+    ]
+    found = pa.concat_tables(parts) if parts else run.table(name, wanted)
+    places = pc.index_in(rows, value_set=found["row"].combine_chunks())
+    if places.null_count:
+        raise RunError(
+            f"{run.path}: {name}.parquet is stale: {places.null_count:,} of {len(rows):,} rows are not in it",
+            "score the dataset again with --force",
+        )
+    return found.take(places).select(wanted)
 
 
 def _beside(run: Run, row: pa.ChunkedArray, name: str, table: pa.Table) -> pa.Table:

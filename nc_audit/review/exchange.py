@@ -24,7 +24,7 @@ from nc_audit.report.text import csv_cell, plain
 from nc_audit.review.journal import Entry, Journal
 from nc_audit.review.pairs import Queue
 from nc_audit.review.session import MAX_CAPTION, check_reviewer, now
-from nc_audit.run import Run, replacing
+from nc_audit.run import Run, replacing, writing
 
 FORMATS = ("csv", "jsonl", "labelstudio", "argilla")
 
@@ -144,7 +144,8 @@ def import_decisions(run: Run, path: Path, *, reviewer: str) -> dict[str, Any]:
         if not _stands(journal, entry)
     ]
     if new:
-        journal.append(new)
+        with writing(journal.path):
+            journal.append(new)
     return {
         "imported": len(new),
         "unchanged": len(entries) - len(new),

@@ -69,7 +69,7 @@ class Review:
         read_image: the bytes of an image by its image_uri.
 
     Raises:
-        RunError: the run is not tagged, or its decision file is damaged.
+        RunError: the run is not tagged, another process writes to it, or its decision file is damaged.
         DatasetError: a tag or the name is none, or there is nothing to review.
     """
 
@@ -85,9 +85,10 @@ class Review:
         self.run, self.reviewer = run.path, check_reviewer(reviewer)
         self.dataset = str((run.manifest.get("dataset") or {}).get("path") or "")
         self.is_blind = sample is not None
-        self.queue = Queue(run, tags)
-        if sample is not None:
-            self.queue.only(draw_sample(run.path, self.queue.population, sample))
+        with run.settled():
+            self.queue = Queue(run, tags)
+            if sample is not None:
+                self.queue.only(draw_sample(run.path, self.queue.population, sample))
         if not len(self.queue):
             what = f"no pair is tagged {' or '.join(tags)}" if tags else "the run has no ok pair"
             raise DatasetError(f"nothing to review: {what}", "nc-audit report shows what there is")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from nc_audit.bench import runner, tables
 from nc_audit.bench.runner import Grid, bench_dataset
 from nc_audit.dataset import load_pairs
-from nc_audit.errors import DatasetError, RecipeError
+from nc_audit.errors import DatasetError, DiskError, RecipeError
 
 SMALL = (
     "train.steps=160",
@@ -329,3 +330,18 @@ def test_evaluate_measures_a_split_and_says_when_it_was_trained_on(clean, tmp_pa
     shown = invoke("evaluate", cwd=tmp_path, monkeypatch=monkeypatch)
     assert "all rows: 90 images" in shown
     assert "80.0 % of these pairs sat in the training of the run" in shown
+
+
+def test_a_result_for_which_there_is_no_room_leaves_the_others_whole(tmp_path):
+    runner._append(tmp_path, {"key": "a"})
+    before = (tmp_path / runner.RESULTS).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"results\.jsonl could not be written"):
+            runner._append(tmp_path, {"key": "b" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / runner.RESULTS).read_bytes() == before
+    runner._append(tmp_path, {"key": "b"})
+    assert [one["key"] for one in runner.read_results(tmp_path)] == ["a", "b"]

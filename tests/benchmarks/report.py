@@ -1,6 +1,10 @@
 """Write the HTML report of many pairs and open it and the review page: seconds and MB, and what a browser waits.
 
     python tests/benchmarks/report.py [--pairs 100000] [--top 500] [--gallery 10000]
+    python tests/benchmarks/report.py --commands 1000000
+
+The second form times the commands that show, tag and export a run of so many pairs without its images, each a process
+of its own, imports included: seconds, seconds of processor, and peak memory, as JSON.
 
 The run is written by hand, without a dataset's model; the pictures of the gallery are real small files. The browser is
 Chromium by way of playwright; without them its lines are left out.
@@ -9,8 +13,11 @@ Chromium by way of playwright; without them its lines are left out.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,6 +80,144 @@ def written(folder: Path, num_pairs: int, num_pictures: int) -> Any:
     return make_run(
         folder / "run", pairs, stages=STAGES, dataset={"path": "drawn", "roots": {"dataset": str(folder)}}
     )
+
+
+def table_run(folder: Path, num_pairs: int) -> None:
+    """The tables of a scored run of so many pairs, five to an image, a fifth of them noisy; no images."""
+    import numpy as np
+    import pyarrow as pa
+    from review_runs import STAGES
+
+    from nc_audit.pipeline import summarise
+    from nc_audit.run import Run
+    from nc_audit.schema import FINDINGS, PAIRS, SCORES, TAGS
+
+    generator = np.random.default_rng(0)
+    row = np.arange(num_pairs)
+    words = np.array(["house", "road", "river", "forest", "harbour", "field", "bridge", "hedge"])
+    parts = [words[generator.integers(0, len(words), num_pairs)] for _ in range(3)]
+    captions = [
+        f"a {a} numbered {n} beside a {b} that leads to the {c}"
+        for n, (a, b, c) in enumerate(zip(*parts, strict=True))
+    ]
+    ids = [f"{n:032x}" for n in generator.integers(0, 2**62, num_pairs).tolist()]
+    image = [f"images/{n // 5:07d}.jpg" for n in range(num_pairs)]
+    probability = np.where(generator.random(num_pairs) < 0.2, 1, 0) + generator.normal(0, 0.08, num_pairs)
+    probability = probability.clip(0, 1).astype(np.float32)
+    tag = np.where(probability >= 0.8, "noisy", np.where(probability <= 0.2, "clean", "ambiguous"))
+    other = generator.permutation(num_pairs)
+
+    def table(schema: pa.Schema, values: dict[str, Any]) -> pa.Table:
+        columns = []
+        for field in schema:
+            value = values.get(field.name)
+            if value is None and pa.types.is_floating(field.type):
+                value = generator.random(num_pairs, np.float32)
+            columns.append(pa.nulls(num_pairs, field.type) if value is None else pa.array(value, field.type))
+        return pa.table(columns, schema=schema)
+
+    run = Run(folder / "run")
+    pairs = {
+        "row": row,
+        "pair_id": ids,
+        "image_id": [f"{n // 5:032x}" for n in range(num_pairs)],
+        "caption_id": ids,
+        "image": image,
+        "caption": captions,
+        "source": ["captions.csv"] * num_pairs,
+        "status": ["ok"] * num_pairs,
+        "image_uri": [f"dataset:{name}" for name in image],
+        "resolved_by": ["path"] * num_pairs,
+    }
+    rank = np.where(tag == "clean", 1, generator.integers(1, 2000, num_pairs))
+    scores = {
+        "row": row,
+        "pair_id": ids,
+        "noise_probability": probability,
+        "noise_score": generator.normal(0, 1, num_pairs).astype(np.float32) + 3 * probability,
+        "caption_rank": rank,
+        "image_rank": rank,
+        "best_caption": pa.array(captions).take(pa.array(other)),
+        "best_image": pa.array(image).take(pa.array(other)),
+    }
+    noisy = np.flatnonzero(tag == "noisy")
+    findings = pa.table(
+        [
+            pa.array(ids).take(pa.array(noisy)),
+            pa.array(noisy),
+            pa.array(["rematch"] * len(noisy)),
+            pa.array(other[noisy]),
+            pa.array([f"the caption of row {n:,} fits the image" for n in other[noisy].tolist()]),
+            pa.array(["info"] * len(noisy)),
+            pa.array(generator.random(len(noisy), np.float32)),
+        ],
+        schema=FINDINGS,
+    )
+    tags = {
+        "row": row,
+        "pair_id": ids,
+        "tag": tag.tolist(),
+        "reasons": [
+            [] if one == "clean" else ["1,024 other captions fit the image better"] for one in tag.tolist()
+        ],
+        "decided_by": ["model"] * num_pairs,
+        "rematch_probability": pa.nulls(num_pairs, pa.float32()),
+    }
+    stages = {name: dict(facts) for name, facts in STAGES.items()}
+    stages["train"] |= {"pairs": num_pairs, "images": num_pairs // 5, "captions": num_pairs}
+    stages["score"]["noise_rate"] = stages["score"]["noise_rate"] | {"expected_auroc": 0.99}
+    stages["score"]["files"] = ["scores.parquet", "findings.parquet"]
+    stages["embed"]["cut_captions"] = 0
+    run.manifest |= {
+        "stages": stages,
+        "dataset": {"path": "drawn", "roots": {}},
+        "recipe": {"name": "self_paced"},
+    }
+    run.path.mkdir()
+    run.write_table("pairs", table(PAIRS, pairs))
+    run.write_table("scores", table(SCORES, scores))
+    run.write_table("findings", findings)
+    run.write_table("tags", table(TAGS, tags))
+    run.manifest["summary"] = summarise(run)
+    run.save()
+
+
+COMMANDS = {
+    "report --top 200": ["report", "--top", "200"],
+    "report --top 200 --json": ["report", "--top", "200", "--json"],
+    "tag --target-precision 0.95": ["tag", "--target-precision", "0.95"],
+    "tag --budget 5%": ["tag", "--budget", "5%"],
+    "export --drop noisy --no-images": ["export", "--drop", "noisy", "--no-images"],
+    "export --format datacomp": ["export", "--format", "datacomp", "--drop", "noisy"],
+    "gate --max-noisy 50%": ["gate", "--max-noisy", "50%"],
+    "runs": ["runs", "run"],
+}
+
+
+def measure_commands(num_pairs: int) -> dict[str, Any]:
+    """Seconds and peak memory in GB of each command on a run of so many pairs."""
+    results: dict[str, Any] = {"pairs": num_pairs, "processors": os.cpu_count(), "commands": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = subprocess.run(
+            [sys.executable, __file__, "--make", str(folder), "--commands", str(num_pairs)], check=True
+        )
+        assert made.returncode == 0
+        for title, command in COMMANDS.items():
+            where = [] if command[0] == "runs" else ["--run", "run"]
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nc_audit", *command, *where], cwd=folder, stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            results["commands"][title] = {
+                "seconds": round(time.perf_counter() - start, 2),
+                "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
+                "peak_gb": round(usage.ru_maxrss / 1e6, 2),
+                "exit_code": process.returncode,
+            }
+    return results
 
 
 def measure_pages(run: Any, folder: Path, top: int) -> None:
@@ -153,7 +298,16 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--top", type=int, default=500)
     parser.add_argument("--gallery", type=int, default=10_000)
+    parser.add_argument(
+        "--commands", type=int, metavar="PAIRS", help="time commands on a run of so many pairs"
+    )
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     tests = Path(__file__).parents[1]
     sys.path[:0] = [str(tests), str(tests / "review")]
-    measure(options.pairs, min(options.top, options.pairs), min(options.gallery, options.pairs))
+    if options.make:
+        table_run(options.make, options.commands)
+    elif options.commands:
+        print(json.dumps(measure_commands(options.commands), indent=1))
+    else:
+        measure(options.pairs, min(options.top, options.pairs), min(options.gallery, options.pairs))

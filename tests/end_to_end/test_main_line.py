@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from nc_audit.run import file_digest
+from nc_audit.run import Run, file_digest
 
 QUICK = ["--encoder", "builtin", "--set", "train.steps=120", "--set", "train.epochs=6"]
 TABLES = ["pairs.parquet", "scores.parquet", "tags.parquet", "model/trajectory.parquet"]
@@ -112,6 +112,58 @@ def test_every_json_output_is_one_document(place: Path) -> None:
         json.loads(nc(*args, cwd=place).stdout)
 
 
+def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(place: Path) -> None:
+    run = place / "runs/drawn"
+    before = sorted((path, path.stat().st_mtime_ns) for path in place.rglob("*"))
+    new = json.loads(nc("score", "drawn", *QUICK, "--dry-run", "--json", "--out", "new", cwd=place).stdout)
+    known = json.loads(nc("score", "drawn", *QUICK, "--dry-run", "--json", cwd=place).stdout)
+    said = nc("score", "drawn", *QUICK, "--dry-run", cwd=place).stdout
+    assert sorted((path, path.stat().st_mtime_ns) for path in place.rglob("*")) == before
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    summary = manifest["summary"]
+    # The corrupt image, with its caption, is only found when it is decoded.
+    assert (new["rows"], new["pairs"]) == (summary["rows"], summary["pairs"] + 1)
+    assert (new["images"]["total"], new["images"]["held"]) == (161, 0)
+    assert (known["images"]["held"], known["captions"]["held"]) == (161, known["captions"]["total"])
+    assert (new["fetch"], new["device"]) == (None, "cpu")
+    size = sum(
+        path.stat().st_size
+        for path in run.rglob("*")
+        if path.suffix in (".parquet", ".arrow", ".safetensors")
+    )
+    assert new["disk"]["total"] == pytest.approx(size, rel=0.3)
+    assert known["disk"]["embeddings"] == 0
+    assert new["memory"]["embeddings"] == 4 * (161 * 512 + new["captions"]["total"] * 384)
+    assert "images: 0 to embed with patches, 161 held by the run" in said.splitlines()
+    assert said.splitlines()[-1] == "nothing was written; the same command without --dry-run does it"
+
+
+@pytest.mark.slow
+def test_only_what_is_new_is_embedded(place: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "tiny.safetensors")
+    encoder = ["--image-encoder", "timm:test_vit", "--image-weights", "tiny.safetensors", *QUICK[2:]]
+
+    def embedded(change: object) -> tuple[int, int]:
+        shutil.rmtree(tmp_path / "grown", ignore_errors=True)
+        rewrite(place / "drawn", tmp_path / "grown", change)
+        summary = json.loads(nc("score", "grown", *encoder, "--json", cwd=tmp_path).stdout)
+        return summary["embedded"]["images"], summary["held"]["images"]
+
+    def without_two(rows: list[list[str]]) -> list[list[str]]:
+        return [row for row in rows if row[0] not in ("images/scene_0007.jpg", "images/scene_0100.png")]
+
+    def edited(rows: list[list[str]]) -> list[list[str]]:
+        return [[row[0], f"{row[1]} at noon", *row[2:]] for row in rows]
+
+    assert embedded(without_two) == (159, 0)
+    assert embedded(lambda rows: rows) == (2, 159)
+    assert embedded(edited) == (0, 161)
+    assert embedded(lambda rows: rows[::-1]) == (0, 161)
+
+
 def test_a_finished_run_is_left_alone(place: Path) -> None:
     before = {name: (place / "runs/drawn" / name).stat().st_mtime_ns for name in TABLES}
     nc("score", "drawn", *QUICK, cwd=place)
@@ -159,13 +211,26 @@ def test_shuffled_and_duplicated_rows_score_the_same(place: Path) -> None:
 
 
 def test_a_second_process_is_refused(place: Path) -> None:
-    import fcntl
-
-    with (place / "runs/drawn/.lock").open("a+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        refused = nc("score", "drawn", *QUICK, cwd=place, ok=False)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-2].startswith("error: runs/drawn is in use by ")
+    run = ["--run", "runs/drawn"]
+    commands = {
+        "wait for it, or score into another --out": [
+            ["score", "drawn", *QUICK],
+            ["tag", *run],
+            ["evaluate", *run],
+        ],
+        "wait for it": [["export", *run], ["review", *run, "--no-browser"]],
+    }
+    with Run(place / "runs/drawn").locked():
+        holder = (place / "runs/drawn/.lock").read_text(encoding="utf-8")
+        for fix, refused in commands.items():
+            for command in refused:
+                failed = nc(*command, cwd=place, ok=False)
+                assert (failed.returncode, failed.stdout) == (2, "")
+                assert failed.stderr.splitlines() == [
+                    f"error: runs/drawn is in use by {holder}",
+                    f"fix: {fix}",
+                ]
+    assert holder.startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize(

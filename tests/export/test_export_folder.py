@@ -14,6 +14,7 @@ from make_run import Pair, make_run, reader
 
 from nc_audit.errors import DatasetError, RunError
 from nc_audit.export import export_run
+from nc_audit.run import sign_lock
 
 
 @pytest.fixture
@@ -147,18 +148,28 @@ def test_what_a_killed_export_left_is_cleared(run, tmp_path):
 
 
 def test_a_second_export_to_the_same_place_is_refused(run, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY)
+    lock = tmp_path / ".out.lock"
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
+        sign_lock(handle)
+        holder = lock.read_text()
         with pytest.raises(RunError) as caught:
             export_run(run, tmp_path / "out", read_image=reader())
     finally:
         os.close(handle)
-    assert str(caught.value) == (
-        f"another process exports to {tmp_path / 'out'} (wait for it, or give another --out)"
+    assert holder.startswith(f"process {os.getpid()} on ")
+    assert (
+        str(caught.value) == f"{tmp_path / 'out'} is in use by {holder} (wait for it, or give another --out)"
     )
+    export_run(run, tmp_path / "out", read_image=reader())
+    assert not lock.exists()
+
+
+def test_an_export_of_a_run_that_is_being_written_is_refused(run, tmp_path):
+    with run.locked(), pytest.raises(RunError, match=r"/run is in use by process \d+ on .* \(wait for it\)"):
+        export_run(run, tmp_path / "out", read_image=reader())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_in_the_hidden_place_is_not_followed(run, tmp_path):
@@ -185,7 +196,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from make_run import picture
 from nc_audit.export import export_run
-from nc_audit.run import Run
+from nc_audit.run import Run, sign_lock
 
 calls = 0
 
@@ -210,7 +221,7 @@ def test_a_process_killed_in_the_middle_leaves_the_earlier_export(tmp_path):
         assert process.stdout.readline() == "in the middle\n"
         process.kill()
     assert names(out) == before
-    assert beside(tmp_path) == [".out.partial", "out", "run"]
+    assert beside(tmp_path) == [".out.lock", ".out.partial", "out", "run"]
     export_run(run, out, format="webdataset", read_image=reader())
     assert beside(tmp_path) == ["out", "run"]
     assert "data/train-000000.tar" in names(out)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from make_run import Pair, make_run, picture, reader
 from offline_datasets import offline_library
 
+from nc_audit.dataset import LoadOptions, load_pairs
+from nc_audit.errors import DatasetError
 from nc_audit.export import export_run
 from nc_audit.export.names import base_name, split_names
 from nc_audit.export.parquet import IMAGE, write_shards
@@ -206,3 +208,50 @@ def test_ordinary_split_names_stay():
 )
 def test_only_a_harmless_base_name_is_exported(image, name):
     assert base_name(image, "0f0f") == name
+
+
+def test_without_images_their_names_stand_in_their_place_and_nothing_is_read(tmp_path):
+    pairs = [
+        Pair(i, f"caption {i}", split=["train", None][i % 2], tag=["clean", "noisy"][i == 3])
+        for i in range(6)
+    ]
+    calls: list[str] = []
+    result = export_run(
+        make_run(tmp_path / "run", pairs),
+        tmp_path / "out",
+        drop=["noisy"],
+        reweight=True,
+        with_images=False,
+        read_image=reader(calls),
+    )
+    assert calls == []
+    assert (result.rows, result.kept, result.dropped) == (6, 5, {"tag: noisy": 1})
+    tables = [pq.read_table(path) for path in sorted((tmp_path / "out/data").iterdir())]
+    rows = sorted((row for table in tables for row in table.to_pylist()), key=lambda row: row["row"])
+    assert [row["image"] for row in rows] == [f"images/{i}.png" for i in (0, 1, 2, 4, 5)]
+    assert [row["caption"] for row in rows] == [f"caption {i}" for i in (0, 1, 2, 4, 5)]
+    assert all(row["weight"] == pytest.approx(0.9) for row in rows)
+    assert "without the images" in (tmp_path / "out/README.md").read_text()
+    described = json.loads((tmp_path / "out/croissant.json").read_text())
+    assert "sc:ImageObject" not in json.dumps(described)
+
+
+def test_without_images_it_is_read_again_where_they_lie(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes(picture(i))
+    pairs = [Pair(i, f"caption {i}") for i in range(3)]
+    out = tmp_path / "cleaned"
+    export_run(make_run(tmp_path / "run", pairs), out, with_images=False, read_image=reader())
+    loaded = load_pairs(out, LoadOptions(image_root=tmp_path))
+    assert loaded.counts == {"ok": 3}
+    assert loaded.pairs["caption"].to_pylist() == [f"caption {i}" for i in range(3)]
+
+
+def test_other_formats_come_with_their_images(tmp_path):
+    run = make_run(tmp_path / "run", [Pair()])
+    with pytest.raises(DatasetError) as caught:
+        export_run(run, tmp_path / "out", format="webdataset", with_images=False, read_image=reader())
+    assert str(caught.value) == (
+        "webdataset comes with its images (--no-images goes with --format parquet; datacomp has none)"
+    )

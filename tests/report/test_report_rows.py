@@ -16,6 +16,7 @@ from make_run import Pair, make_run
 
 from nc_audit.errors import DatasetError, RunError
 from nc_audit.report import ReportRow, report_rows, sort_columns, summary, to_csv, to_json, to_markdown
+from nc_audit.report.joined import joined
 from nc_audit.run import write_parquet
 
 NOISE_RATE = {"estimate": 0.2, "low": 0.18, "high": 0.22, "level": 0.9}
@@ -234,3 +235,22 @@ def test_the_report_leaves_heavy_libraries_alone():
     code = "import sys, nc_audit.report; print({'torch', 'pandas', 'datasets', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_some_rows_are_read_as_all_are_and_in_the_order_asked_for(run, monkeypatch):
+    monkeypatch.setattr(sys.modules[joined.__module__], "_AT_ONCE", 2)
+    columns = {"pairs": ["caption"], "scores": ["noise_score"], "tags": ["tag", "reasons"]}
+    whole = joined(run, **columns)
+    rows = pa.chunked_array([whole["row"].to_pylist()[::-2]])
+    some = joined(run, **columns, rows=rows)
+    places = [whole["row"].to_pylist().index(row) for row in rows.to_pylist()]
+    assert str(some.to_pylist()) == str(whole.take(places).to_pylist())  # as text: not a number equals itself
+    assert joined(run, **columns, rows=rows.slice(0, 0)).num_rows == 0
+
+
+def test_rows_that_a_table_lacks_are_told(run):
+    with pytest.raises(RunError) as caught:
+        joined(run, pairs=["caption"], rows=pa.chunked_array([[0, 10**9]]))
+    assert str(caught.value) == (
+        f"{run.path}: pairs.parquet is stale: 1 of 2 rows are not in it (score the dataset again with --force)"
+    )

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nc_audit.errors import RunError, SchemaError
+from nc_audit.errors import DiskError, RunError, SchemaError
+from nc_audit.pipeline import _is_ours
 from nc_audit.run import (
     Run,
     digest_of,
@@ -230,13 +235,20 @@ def test_a_run_held_by_another_process_is_refused(tmp_path):
         assert holder.stdout is not None
         assert holder.stdin is not None
         assert holder.stdout.readline() == "held\n"
+        start = time.monotonic()
         with pytest.raises(RunError) as caught, Run(path).locked():
             pytest.fail("two processes hold one run")
-        assert caught.value.message == f"{path} is in use by process {holder.pid}"
-        assert caught.value.hint == "wait for it, or give another --out"
+        with pytest.raises(RunError) as read, Run(path).settled():
+            pytest.fail("a run is read while it is written")
+        assert time.monotonic() - start < 1
+        who = rf"process {holder.pid} on {re.escape(socket.gethostname())} since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+        assert re.fullmatch(rf"{re.escape(str(path))} is in use by {who}", caught.value.message)
+        assert caught.value.hint == "wait for it, or score into another --out"
+        assert (read.value.message, read.value.hint) == (caught.value.message, "wait for it")
         holder.stdin.write("\n")
     with Run(path).locked():
-        assert (path / ".lock").read_text() == f"process {os.getpid()}"
+        assert (path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert (path / ".lock").read_text() == ""
 
 
 def test_a_killed_holder_does_not_keep_the_run(tmp_path):
@@ -248,8 +260,96 @@ def test_a_killed_holder_does_not_keep_the_run(tmp_path):
         holder.stdout.readline()
         holder.kill()
         holder.wait()
+    assert (path / ".lock").read_text().startswith(f"process {holder.pid} on ")
     with Run(path).locked():
         pass
+
+
+def test_a_lock_of_a_process_whose_number_went_to_another_does_not_keep_the_run(tmp_path):
+    (tmp_path / ".lock").write_text(
+        f"process {os.getpid()} on {socket.gethostname()} since 2026-11-23 06:40:12 UTC"
+    )
+    with Run(tmp_path).locked():
+        pass
+
+
+def test_who_writes_waits_for_who_reads_but_not_for_ever(run, monkeypatch):
+    with run.locked():
+        pass
+    with run.settled(), run.settled():
+        monkeypatch.setattr("nc_audit.run._READERS_NEED", 0.1)
+        with pytest.raises(RunError) as caught, run.locked():
+            pytest.fail("a run is written while it is read")
+    assert caught.value.message == f"{run.path} is in use by another process, which reads it"
+    with run.locked():
+        pass
+
+
+def test_who_reads_sees_the_manifest_as_it_is_by_then(run):
+    with run.locked():
+        pass
+    other = Run.open(run.path)
+    other.manifest["dataset"] = {"path": "elsewhere"}
+    other.save()
+    with run.settled():
+        assert run.manifest["dataset"] == {"path": "elsewhere"}
+
+
+def test_a_run_that_cannot_be_locked_can_be_read(run):
+    with run.settled():
+        assert not (run.path / ".lock").exists()
+
+
+# --- no room
+
+
+@pytest.mark.parametrize(
+    ("problem", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota of the disk is used up"),
+        (OSError(errno.EFBIG, "File too large"), "a file would be larger than is allowed here"),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+        ),
+    ],
+)
+def test_a_write_without_room_says_what_and_where_and_leaves_nothing(tmp_path, problem, why):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise problem
+
+    with pytest.raises(DiskError) as caught:
+        fail()
+    found = re.fullmatch(
+        rf"{why}: {re.escape(str(path))} could not be written \([\d,.]+ MB free in {re.escape(str(tmp_path))}\)",
+        caught.value.message,
+    )
+    assert found
+    assert (
+        caught.value.hint
+        == "make room, then give the same command again; nothing half-written stands in its way"
+    )
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "problem", [PermissionError(errno.EACCES, "Permission denied"), ValueError("os error")]
+)
+def test_what_failed_for_other_reasons_passes_as_it_is(tmp_path, problem):
+    def fail() -> None:
+        with replacing(tmp_path / "file"):
+            raise problem
+
+    with pytest.raises(type(problem)) as caught:
+        fail()
+    assert caught.value is problem
 
 
 # --- latest and lists
@@ -300,3 +400,33 @@ def test_no_latest_run(runs, state):
         Run.latest(runs)
     assert caught.value.message == f"no run yet under {runs}/"
     assert caught.value.hint == "nc-audit score DATASET, or name one with --run DIR"
+
+
+# --- what is a run
+
+
+@pytest.mark.parametrize(
+    ("names", "is_ours"),
+    [
+        ([], True),
+        (["run.json", "anything"], True),
+        ([".lock"], True),
+        ([".lock", "pairs.parquet"], True),
+        ([".lock", ".run.json.partial", ".pairs.parquet.partial"], True),
+        (["pairs.parquet"], False),
+        ([".lock", "holiday.jpg"], False),
+        (["holiday.jpg"], False),
+    ],
+)
+def test_a_run_stopped_before_its_manifest_stood_is_told_from_a_folder_of_others(tmp_path, names, is_ours):
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert _is_ours(tmp_path) == is_ours
+
+
+def test_a_table_without_a_column_that_is_needed_is_told(run):
+    with pytest.raises(RunError) as caught:
+        run.table("tags", ["row", "mood", "age"])
+    assert str(caught.value) == (
+        f"{run.path / 'tags.parquet'} has no column age, mood (score the dataset again with --force)"
+    )
