@@ -25,7 +25,7 @@ def nearest_references(
     """
     num = min(num, len(reference_RD))
     nearest = query_QD.new_empty(len(query_QD), num)
-    at = torch.empty(len(query_QD), num, dtype=torch.int32)
+    at = query_QD.new_empty(len(query_QD), num, dtype=torch.int32)
     cosine = query_QD.new_empty(min(block, len(query_QD)), len(reference_RD))
     for start in range(0, len(query_QD), block):
         part = query_QD[start : start + block]

@@ -1,6 +1,6 @@
 """Train and score many pairs on synthetic embeddings: seconds, seconds per 100,000 pairs, peak memory.
 
-    python tests/benchmarks/scale.py [--pairs 100000,1000000] [--dims 512] [--per-image 5] [--noise 0.2]
+    python tests/benchmarks/scale.py [--pairs 100000,1000000] [--dims 512] [--per-image 5] [--noise 0.2] [--device auto]
 
 Images and captions share 64 latent directions in `--dims` dimensions; a share of the captions is moved elsewhere.
 Each size runs in a process of its own, so that its peak memory is its own. Embedding is not part of it.
@@ -17,11 +17,11 @@ import sys
 import time
 
 
-def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str, float]:
+def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str) -> dict[str, float | str]:
     """One size: seconds of training, judging and looking around, peak memory in GB, and how well noise is found."""
     import torch
 
-    from nc_audit.encoders.weights import choose_precision
+    from nc_audit.encoders.weights import choose_device, choose_precision
     from nc_audit.methods.known_swaps import swaps_auroc
     from nc_audit.methods.matching import Pairs
     from nc_audit.recipe import ScoreSection, TrainSection
@@ -49,12 +49,15 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str
     wrong = pairs.image_N != true_image
     settings, scoring = TrainSection(), ScoreSection()  # type: ignore[call-arg]
     start = time.perf_counter()
-    precision = choose_precision("auto", "cpu")
-    inputs = Inputs.prepare(image, caption, pairs, settings, scoring.candidates, precision=precision)
+    device = choose_device(device)
+    precision = choose_precision("auto", device)
+    inputs = Inputs.prepare(
+        image, caption, pairs, settings, scoring.candidates, precision=precision, device=device
+    )
     judgement = train(inputs, settings)
     trained = time.perf_counter()
     with torch.inference_mode():
-        vectors = judgement.model.embed(image, caption)
+        vectors = judgement.model.to(device).embed(image, caption)
         rate, columns = judge(judgement.given, judgement.swaps, *vectors, pairs, scoring, 0)
         judged = time.perf_counter()
         look_around(*vectors, pairs, scoring, 0)
@@ -62,6 +65,8 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float) -> dict[str
     score = columns["noise_score"]
     return {
         "pairs": num_pairs,
+        "device": device,
+        "precision": precision,
         "train_s": trained - start,
         "judge_s": judged - trained,
         "look_around_s": done - judged,
@@ -80,14 +85,16 @@ def main() -> None:
     parser.add_argument("--dims", type=int, default=512)
     parser.add_argument("--per-image", type=int, default=5)
     parser.add_argument("--noise", type=float, default=0.2)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     sizes = [int(size) for size in asked.pairs.split(",")]
     if asked.one:
-        print(json.dumps(measure(sizes[0], asked.dims, asked.per_image, asked.noise)))
+        print(json.dumps(measure(sizes[0], asked.dims, asked.per_image, asked.noise, asked.device)))
         return
     for size in sizes:
         same = ["--dims", str(asked.dims), "--per-image", str(asked.per_image), "--noise", str(asked.noise)]
+        same += ["--device", asked.device]
         # as the command line sets it, so that other work on the machine costs no more than its share
         waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"} | os.environ
         subprocess.run(
