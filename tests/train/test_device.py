@@ -27,7 +27,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     xla = pytest.importorskip("torch_xla", reason="there is neither a GPU nor torch_xla")
     xla.experimental.eager_mode(True)  # ops one by one; whole graphs of so many shapes exhaust its compiler
     optimiser, fork = torch.optim.AdamW, torch.random.fork_rng
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: optimiser(*given, **more))
+
+    def unfused(*given, fused, **more):  # torch_xla has no fused one
+        return optimiser(*given, **more)
+
+    monkeypatch.setattr(torch.optim, "AdamW", unfused)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, device_type: fork(devices=[]))
     return "xla:0"
 
