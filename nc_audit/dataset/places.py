@@ -6,12 +6,13 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nc_audit.dataset.remote import is_remote, mirror
-from nc_audit.errors import DatasetError
+from nc_audit.errors import DatasetError, DiskError
 from nc_audit.hub import refusal
 
 _HUB = re.compile(r"hf:([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?")
@@ -133,11 +134,11 @@ def _of_hub(spec: str, *, allow_network: bool) -> Place:
             + (f"; or name {cached} itself to read what is there" if cached is not None else ""),
         )
     # A cached commit is completed, not left for a newer one.
-    fetched = _fetched(spec, repository, revision if cached is None else cached.name)
+    fetched, size = _fetched(spec, repository, revision if cached is None else cached.name)
     if (gap := _gap(fetched)) is not None:
         raise DatasetError(f"{spec} was fetched only in part: {gap}", "look at its files on the hub")
-    how = "was fetched from the hub" if cached is None else "is read from the hub's cache, complete"
-    return Place(fetched, name, (f"{spec} {how}, commit {fetched.name[:12]}",))
+    how = "was fetched from the hub" if cached is None else "is read from the hub's cache, completed"
+    return Place(fetched, name, (f"{spec} {how} ({size / 1e6:,.1f} MB), commit {fetched.name[:12]}",))
 
 
 def _gap(snapshot: Path) -> str | None:
@@ -203,12 +204,27 @@ def _cached(cache: Path, repository: str, revision: str, *, any_revision: bool) 
     return None
 
 
-def _fetched(spec: str, repository: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetched(spec: str, repository: str, revision: str) -> tuple[Path, int]:
+    """The snapshot, completed, and how many bytes that took.
+
+    Whole files, not a stream: a killed run resumes and every image is read again for thumbnails and exports, which a
+    stream would fetch anew each time. No script of a dataset is ever run; tables and images alone are read.
+    """
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision))
+        plan = snapshot_download(repository, repo_type="dataset", revision=revision, dry_run=True)
+        needed = sum(file.file_size or 0 for file in plan if file.will_download)
+        cache = Path(constants.HF_HUB_CACHE)
+        there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise DiskError(
+                f"{spec} takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {there}",
+                "free some room, or set HF_HUB_CACHE to a folder of a larger disk",
+            )
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision)), needed
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise DatasetError(
