@@ -65,7 +65,6 @@ class TextSection(_Section):
 
     encoder: str = Field("auto", description="auto, builtin, tfidf, open_clip:MODEL/PRETRAINED or MODEL@FILE")
     weights: str | None = Field(None, description="local weights of the text encoder")
-    batch: int = Field(256, ge=1, description="captions per batch")
 
 
 class RrsitrSection(_Section):
