@@ -73,6 +73,11 @@ class EmbeddingStore:
         """Ids that the shards of an encoder hold, those that failed included."""
         return {one for path in self._shards(side, digest) for one in self._open(path)["id"].to_pylist()}
 
+    def dim(self, side: str, digest: str) -> int | None:
+        """Dimensions of an encoder's vectors; None where there are none yet."""
+        path = next(iter(self._shards(side, digest)), None)
+        return None if path is None else self._open(path).schema.field("embedding").type.list_size
+
     def read(
         self, side: str, digest: str, ids: Sequence[str], dim: int
     ) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
@@ -278,7 +283,7 @@ def embed_all(
         work=work,
     )
     with work.timed("learn"):
-        text_encoder = fit_captions(encoders.text, caption_ids, captions)
+        text_encoder = fit_captions(encoders.text, caption_ids, captions, store)
     caption = embed_captions(
         text_encoder, caption_ids, captions, store, progress=part("embed captions"), work=work
     )
@@ -343,18 +348,25 @@ def fit_images(
 
 
 def fit_captions(
-    encoder: TextEncoder | TextLearner, caption_ids: Sequence[str], captions: Sequence[str]
+    encoder: TextEncoder | TextLearner,
+    caption_ids: Sequence[str],
+    captions: Sequence[str],
+    store: EmbeddingStore,
 ) -> TextEncoder:
     """The encoder itself when it is frozen; else what it learns from the captions (seconds, always the same).
+
+    Where the store holds vectors of the same encoder, it learns only when a further caption is to be encoded.
 
     Args:
         encoder: frozen or not.
         caption_ids: all distinct captions in canonical order.
         captions: the captions.
+        store: where embeddings are kept.
     """
     if not isinstance(encoder, TextLearner):
         return encoder
-    return encoder.fit(captions, digest_of(list(caption_ids)))
+    fitted_on = digest_of(list(caption_ids))
+    return encoder.fit(captions, fitted_on, store.dim("caption", encoder.digest_for(fitted_on)))
 
 
 def embed_images(

@@ -358,12 +358,22 @@ def test_learning_from_nothing_is_refused(tmp_path):
     )
 
 
-def test_captions_are_learnt_from_their_set():
-    captions = ["a green field", "a blue lake", "two planes"]
-    fitted = fit_captions(Tfidf(0), ["1", "2", "3"], captions)
-    assert fitted.digest == fit_captions(Tfidf(0), ["1", "2", "3"], captions).digest
-    assert fitted.digest != fit_captions(Tfidf(0), ["1", "2", "4"], captions).digest
-    assert fit_captions(fitted, ["1"], ["a"]) is fitted
+def test_captions_are_learnt_from_their_set(tmp_path):
+    captions, store = ["a green field", "a blue lake", "two planes"], EmbeddingStore(tmp_path)
+    fitted = fit_captions(Tfidf(0), ["1", "2", "3"], captions, store)
+    assert fitted.digest == fit_captions(Tfidf(0), ["1", "2", "3"], captions, store).digest
+    assert fitted.digest != fit_captions(Tfidf(0), ["1", "2", "4"], captions, store).digest
+    assert fit_captions(fitted, ["1"], ["a"], store) is fitted
+
+
+def test_what_the_store_holds_is_not_learnt_again(tmp_path, monkeypatch):
+    ids, captions = ["1", "2", "3"], ["a red roof", "a green field", "a blue lake"]
+    store = EmbeddingStore(tmp_path)
+    first = fit_captions(Tfidf(0), ids, captions, store)
+    made = embed_captions(first, ids, captions, store)
+    monkeypatch.setattr(Tfidf, "_learn", lambda *_: pytest.fail("learnt again"))
+    again = fit_captions(Tfidf(0), ids, captions, store)
+    assert np.array_equal(embed_captions(again, ids, captions, store), made)
 
 
 def test_memory_that_once_ran_out_is_not_tried_again(tmp_path):

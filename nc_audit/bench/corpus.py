@@ -158,7 +158,7 @@ class Corpus:
         noise, changed = np.zeros(num, bool), np.zeros(num, bool)
         noise[folded.row_pair] = injected.known_noise
         changed[folded.row_pair] = injected.changed
-        encoder = fit_captions(self.encoders.text, folded.caption_ids, folded.captions)
+        encoder = fit_captions(self.encoders.text, folded.caption_ids, folded.captions, self.store)
         vectors = embed_captions(encoder, folded.caption_ids, folded.captions, self.store)
         return Corrupted(
             folded,

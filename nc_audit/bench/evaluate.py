@@ -91,7 +91,7 @@ def _evaluate(
     learnt_from = fold(with_corrupt(run.table("pairs")))
     uris = learnt_from.image_uris
     image_encoder = fit_images(encoders.image, learnt_from.image_ids, lambda at: images.read(uris[at]), store)
-    text_encoder = fit_captions(encoders.text, learnt_from.caption_ids, learnt_from.captions)
+    text_encoder = fit_captions(encoders.text, learnt_from.caption_ids, learnt_from.captions, store)
     wide = fold(asked)
     image, failures = embed_images(
         image_encoder,

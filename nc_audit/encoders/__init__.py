@@ -120,8 +120,8 @@ class TextLearner(Protocol):
         """Digest of the encoder that it will become, given the digest of the set of captions."""
         ...
 
-    def fit(self, captions: Sequence[str], fitted_on: str) -> TextEncoder:
-        """The encoder learnt from the distinct captions, in canonical order."""
+    def fit(self, captions: Sequence[str], fitted_on: str, dim: int | None = None) -> TextEncoder:
+        """The encoder learnt from the distinct captions, in canonical order; only when needed where `dim` is known."""
         ...
 
 

@@ -7,7 +7,8 @@ put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -47,8 +48,15 @@ class Tfidf:
             {"spec": self.spec, "settings": settings, "seed": self.seed, "on": fitted_on}, {}
         )
 
-    def fit(self, captions: Sequence[str], fitted_on: str) -> TfidfEncoder:
-        """The encoder learnt from the distinct captions, in canonical order; at least one."""
+    def fit(self, captions: Sequence[str], fitted_on: str, dim: int | None = None) -> TfidfEncoder:
+        """The encoder learnt from the distinct captions, in canonical order; at least one.
+
+        With `dim`, known from vectors it has made before, it learns only when a caption is to be encoded.
+        """
+        return TfidfEncoder(self.digest_for(fitted_on), partial(self._learn, captions), dim)
+
+    def _learn(self, captions: Sequence[str]) -> tuple[list[tuple[float, TfidfVectorizer]], np.ndarray]:
+        """Weighted vectorisers, and the axes they are reduced to, [T, D]."""
         at = np.unique(np.linspace(0, len(captions) - 1, min(len(captions), NUM_FITTED)).astype(np.int64))
         chosen = [captions[i] for i in at]
         vectorizers = []
@@ -68,9 +76,7 @@ class Tfidf:
         axes = np.eye(1, dtype=np.float32)
         if min(terms.shape):
             _, _, axes = randomized_svd(terms, min(DIMS, *terms.shape), n_iter=3, random_state=self.seed)
-        return TfidfEncoder(
-            self.digest_for(fitted_on), vectorizers, np.ascontiguousarray(axes.T, dtype=np.float32)
-        )
+        return vectorizers, np.ascontiguousarray(axes.T, dtype=np.float32)
 
 
 class TfidfEncoder:
@@ -79,20 +85,27 @@ class TfidfEncoder:
     spec = "tfidf"
 
     def __init__(
-        self, digest: str, vectorizers: list[tuple[float, TfidfVectorizer]], axes_TD: np.ndarray
+        self,
+        digest: str,
+        learn: Callable[[], tuple[list[tuple[float, TfidfVectorizer]], np.ndarray]],
+        dim: int | None = None,
     ) -> None:
         self.digest = digest
-        self.vectorizers = vectorizers
-        self.axes_TD = axes_TD
-        self.dim = axes_TD.shape[1]
+        self._learn = learn
+        self.dim = self._learnt[1].shape[1] if dim is None else dim
+
+    @cached_property
+    def _learnt(self) -> tuple[list[tuple[float, TfidfVectorizer]], np.ndarray]:
+        return self._learn()
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions to vectors [N, D], float32."""
+        vectorizers, axes_TD = self._learnt
         vectors = np.zeros((len(captions), self.dim), dtype=np.float32)
         for start in range(0, len(captions), CHUNK):
-            terms = _terms(self.vectorizers, captions[start : start + CHUNK])
+            terms = _terms(vectorizers, captions[start : start + CHUNK])
             if terms.shape[1]:
-                vectors[start : start + CHUNK] = terms @ self.axes_TD
+                vectors[start : start + CHUNK] = terms @ axes_TD
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return torch.from_numpy(
             np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > MIN_LENGTH)

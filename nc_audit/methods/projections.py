@@ -21,12 +21,12 @@ class Projection:
     is_identity: bool = False
 
     def __call__(self, vectors_ND: Tensor) -> Tensor:
-        """The projected vectors, shape [N, K]; the very tensor where nothing changes."""
+        """The projected vectors, shape [N, K] (or [..., K]); the very tensor where nothing changes."""
         if self.is_identity:
             return vectors_ND
-        projected = vectors_ND.new_empty(len(vectors_ND), self.matrix.shape[1])
+        projected = vectors_ND.new_empty(*vectors_ND.shape[:-1], self.matrix.shape[1])
         for part, made in zip(vectors_ND.split(65_536), projected.split(65_536), strict=True):
-            torch.mm(part - self.mean, self.matrix, out=made)
+            made.copy_((part - self.mean) @ self.matrix)
         return projected
 
     @classmethod

@@ -70,3 +70,16 @@ def test_any_captions_give_finite_vectors_of_length_one_or_zero(captions):
 def test_nothing_is_truncated():
     encoder = Tfidf(0).fit(CAPTIONS, "set")
     assert encoder.truncated(["word " * 1000, "a"]) == [False, False]
+
+
+def test_it_learns_only_when_a_caption_is_to_be_encoded_where_its_dimensions_are_known(monkeypatch):
+    learnt = []
+    once = Tfidf._learn
+    monkeypatch.setattr(Tfidf, "_learn", lambda self, captions: learnt.append(1) or once(self, captions))
+    known = Tfidf(0).fit(CAPTIONS, "set")
+    assert learnt == [1]
+    later = Tfidf(0).fit(CAPTIONS, "set", known.dim)
+    assert (later.digest, later.dim, learnt) == (known.digest, known.dim, [1])
+    assert torch.equal(later.encode(CAPTIONS), known.encode(CAPTIONS))
+    assert torch.equal(later.encode(CAPTIONS[:1]), known.encode(CAPTIONS[:1]))
+    assert learnt == [1, 1]
