@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +134,13 @@ def _of_hub(spec: str, *, allow_network: bool) -> Place:
             + (f"; or name {cached} itself to read what is there" if cached is not None else ""),
         )
     # A cached commit is completed, not left for a newer one.
-    fetched = _fetched(spec, repository, revision if cached is None else cached.name)
+    commit = revision if cached is None else cached.name
+    size = _check_room(spec, repository, commit, Path(constants.HF_HUB_CACHE))
+    fetched = _fetched(spec, repository, commit)
     if (gap := _gap(fetched)) is not None:
         raise DatasetError(f"{spec} was fetched only in part: {gap}", "look at its files on the hub")
     how = "was fetched from the hub" if cached is None else "is read from the hub's cache, complete"
-    return Place(fetched, name, (f"{spec} {how}, commit {fetched.name[:12]}",))
+    return Place(fetched, name, (f"{spec} {how}, commit {fetched.name[:12]}: {size:,} bytes came",))
 
 
 def _gap(snapshot: Path) -> str | None:
@@ -203,6 +206,46 @@ def _cached(cache: Path, repository: str, revision: str, *, any_revision: bool) 
     return None
 
 
+def _check_room(spec: str, repository: str, revision: str, cache: Path) -> int:
+    """The bytes that the cache lacks of a revision, by the hub's listing.
+
+    Raises:
+        DatasetError: the disk has fewer free, or the hub does not list the files.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    blobs = cache / ("datasets--" + repository.replace("/", "--")) / "blobs"
+    sizes: dict[str, int] = {}
+    try:
+        tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+        for one in tree:
+            if isinstance(one, RepoFile):
+                name = one.lfs.sha256 if one.lfs else one.blob_id
+                if "/" in name or not (blobs / name).exists():
+                    sizes[name] = one.size
+    except (HfHubHTTPError, OSError, ValueError) as problem:
+        raise _not_fetched(spec, problem) from problem
+    folder = cache
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DatasetError(
+            f"{spec} needs {needed:,} bytes, and {folder} has {free:,} free",
+            "set HF_HUB_CACHE to a folder on a larger disk",
+        )
+    return needed
+
+
+def _not_fetched(spec: str, problem: Exception) -> DatasetError:
+    reason = " ".join(str(problem).split())[:200]
+    return DatasetError(
+        f"{spec} cannot be fetched: {reason}", "check its name, its licence terms and the network"
+    )
+
+
 def _fetched(spec: str, repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -210,7 +253,4 @@ def _fetched(spec: str, repository: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(repository, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise DatasetError(
-            f"{spec} cannot be fetched: {reason}", "check its name, its licence terms and the network"
-        ) from problem
+        raise _not_fetched(spec, problem) from problem

@@ -41,6 +41,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     gone: frozenset[str] = frozenset()
+    claimed: int | None = None  # the size of every file by the listing; None for the true one
 
     def do_HEAD(self):
         self.answer(with_body=False)
@@ -58,7 +59,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
                        {"Content-Type": "application/json"}, with_body)  # fmt: skip
         elif path.startswith(f"{api}/tree/"):
             tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "oid": hashlib.sha1(data).hexdigest(),
+                    "size": len(data) if type(self).claimed is None else type(self).claimed,
+                }
                 for name, data in FILES.items()
             ]
             self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, with_body)
@@ -126,7 +132,8 @@ def test_the_hub_is_asked_only_with_leave_and_then_once(hub, tmp_path):
         "hf download --repo-type dataset owner/name",
     ]
     path, note = ask(tmp_path, hub.url)
-    assert note == f"hf:owner/name was fetched from the hub, commit {COMMIT[:12]}"
+    size = sum(len(data) for data in FILES.values())
+    assert note == f"hf:owner/name was fetched from the hub, commit {COMMIT[:12]}: {size:,} bytes came"
     snapshot = tmp_path / "hf" / "hub" / "datasets--owner--name" / "snapshots" / COMMIT
     assert path == str(snapshot)
     assert {name: (snapshot / name).read_bytes() for name in FILES} == FILES
@@ -142,7 +149,7 @@ def test_the_hub_is_asked_only_with_leave_and_then_once(hub, tmp_path):
     )
     assert refused[2].endswith(f"; or name {snapshot} itself to read what is there")
     assert ask(tmp_path, hub.url) == [
-        path, f"hf:owner/name is read from the hub's cache, complete, commit {COMMIT[:12]}"
+        path, f"hf:owner/name is read from the hub's cache, complete, commit {COMMIT[:12]}: 0 bytes came"
     ]  # fmt: skip
     assert (snapshot / "train" / "2.png").read_bytes() == FILES["train/2.png"]
 
@@ -156,6 +163,15 @@ def test_a_file_the_hub_does_not_serve_and_a_dataset_it_does_not_know_are_one_li
     assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub answers 401 for owner/unknown"
     said = ask(tmp_path, "http://127.0.0.1:1", "hf:owner/unknown")
     assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub cannot be reached"
+
+
+def test_a_dataset_larger_than_the_disk_is_refused_before_its_first_byte(hub, tmp_path):
+    hub.claimed = 1 << 60
+    said = ask(tmp_path, hub.url)
+    needed = (1 << 60) * len(FILES)
+    assert said[1].startswith(f"hf:owner/name needs {needed:,} bytes, and {tmp_path} has ")
+    assert said[2] == "set HF_HUB_CACHE to a folder on a larger disk"
+    assert not list(tmp_path.rglob("metadata.csv"))
 
 
 @pytest.mark.parametrize(
