@@ -247,6 +247,7 @@ def score(
             precision=precision,
             force=force,
             watch=watch,
+            given=dataset if dataset != str(place.path) and not Path(dataset).exists() else None,
         )
     remember_latest(run)
     if json:

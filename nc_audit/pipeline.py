@@ -91,6 +91,7 @@ def score_dataset(
     precision: str = "auto",
     force: bool = False,
     watch: Watcher | None = None,
+    given: str | None = None,
 ) -> dict[str, Any]:
     """Audit a dataset into a run directory, resuming what is there.
 
@@ -103,6 +104,7 @@ def score_dataset(
         precision: auto, fp32 or bf16.
         force: forget what was done and start over; human decisions stay.
         watch: told notes and progress.
+        given: what the user named, where `dataset` is a copy of it here; for the manifest.
 
     Returns:
         The summary that also stands in the manifest.
@@ -115,7 +117,7 @@ def score_dataset(
         raise RunError(f"{out} is a file", "give a folder with --out")
     if out.is_dir() and not (out / "run.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
-    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence())
+    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence(), given)
     audit.encoder_plan  # noqa: B018  a wrong encoder should be told before anything is written
     with audit.run.locked():
         if (out / "run.json").exists():
@@ -138,8 +140,9 @@ class _Audit:
         device: str,
         precision: str,
         watch: Watcher,
+        given: str | None,
     ) -> None:
-        self.run, self.dataset, self.recipe, self.watch = run, dataset, recipe, watch
+        self.run, self.dataset, self.recipe, self.watch, self.given = run, dataset, recipe, watch, given
         self.recipe_names, self.device, self.precision = recipe_names, device, precision
 
     def run_all(self) -> dict[str, Any]:
@@ -383,6 +386,7 @@ class _Audit:
         self.run.write_table("pairs", loaded.pairs)
         self.run.manifest["dataset"] = {
             "path": str(self.dataset),
+            **({"given": self.given} if self.given is not None else {}),
             "roots": loaded.roots,
             "layout": loaded.layout,
             "notes": loaded.notes,

@@ -234,3 +234,9 @@ def test_the_report_leaves_heavy_libraries_alone():
     code = "import sys, nc_audit.report; print({'torch', 'pandas', 'datasets', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_dataset_of_a_bucket_is_told_as_the_user_named_it(tmp_path):
+    dataset = {"path": "/cache/snapshots/0f", "given": "s3://bucket/shards"}
+    run = make_run(tmp_path / "toy", [Pair(0, "a red house")], dataset=dataset)
+    assert summary(run)["dataset"] == "s3://bucket/shards"
