@@ -1,4 +1,8 @@
-"""What a user may give as DATASET: a path, a pattern of paths, a dataset of the hub as `hf:OWNER/NAME`, or a bucket."""
+"""What a user may give as DATASET: a path, a pattern of paths, a dataset of the hub as `hf:OWNER/NAME`, or a bucket.
+
+A dataset of the hub is fetched whole before it is read, not streamed: a resumed run, its thumbnails and its exports
+read the images again, by content, and need the files to be the same ones. No script of a dataset is ever run.
+"""
 
 from __future__ import annotations
 
