@@ -285,6 +285,7 @@ def score(
                 precision=precision,
                 force=force,
                 watch=watch,
+                given=dataset if dataset != str(place.path) and not Path(dataset).exists() else None,
             )
     if not dry_run:
         remember_latest(run)

@@ -97,6 +97,7 @@ def score_dataset(
     precision: str = "auto",
     force: bool = False,
     watch: Watcher | None = None,
+    given: str | None = None,
 ) -> dict[str, Any]:
     """Audit a dataset into a run directory, resuming what is there.
 
@@ -109,6 +110,7 @@ def score_dataset(
         precision: auto, fp32 or bf16.
         force: forget what was done and start over; human decisions stay.
         watch: told notes and progress.
+        given: what the user named, where `dataset` is a copy of it here; for the manifest.
 
     Returns:
         The summary that also stands in the manifest.
@@ -121,7 +123,7 @@ def score_dataset(
         raise RunError(f"{out} is a file", "give a folder with --out")
     if out.is_dir() and not _is_ours(out):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
-    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence())
+    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence(), given)
     if (out / LOCK).exists():
         with audit.run.locked():
             pass  # that another process holds it should be told before the encoders are looked for
@@ -153,8 +155,9 @@ class _Audit:
         device: str,
         precision: str,
         watch: Watcher,
+        given: str | None,
     ) -> None:
-        self.run, self.dataset, self.recipe, self.watch = run, dataset, recipe, watch
+        self.run, self.dataset, self.recipe, self.watch, self.given = run, dataset, recipe, watch, given
         self.recipe_names, self.device, self.precision = recipe_names, device, precision
 
     def run_all(self) -> dict[str, Any]:
@@ -398,6 +401,7 @@ class _Audit:
         self.run.write_table("pairs", loaded.pairs)
         self.run.manifest["dataset"] = {
             "path": str(self.dataset),
+            **({"given": self.given} if self.given is not None else {}),
             "roots": loaded.roots,
             "layout": loaded.layout,
             "notes": loaded.notes,

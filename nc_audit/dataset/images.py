@@ -350,6 +350,12 @@ def header_problem(data: bytes) -> str | None:
     return None
 
 
+def promises_image(start: bytes) -> bool:
+    """Whether a file's first bytes are those of a format that is read; 16 are looked at, fewer promise nothing."""
+    accepts = (Image.OPEN[name][1] for name in _formats())
+    return len(start) >= 16 and any(accept is not None and accept(start[:16]) is True for accept in accepts)
+
+
 def decode_image(data: bytes, size_hint: tuple[int, int] | None = None) -> Image.Image:
     """An image as upright RGB, 8 bits a channel.
 

@@ -1,4 +1,8 @@
-"""What a user may give as DATASET: a path, a pattern of paths, a dataset of the hub as `hf:OWNER/NAME`, or a bucket."""
+"""What a user may give as DATASET: a path, a pattern of paths, a dataset of the hub as `hf:OWNER/NAME`, or a bucket.
+
+A dataset of the hub is fetched whole before it is read, not streamed: a resumed run, its thumbnails and its exports
+read the images again, by content, and need the files to be the same ones. No script of a dataset is ever run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nc_audit.dataset.remote import is_remote, mirror
-from nc_audit.errors import DatasetError, DiskError
+from nc_audit.errors import DatasetError
 from nc_audit.hub import refusal
 
 _HUB = re.compile(r"hf:([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w-][\w./-]*))?")
@@ -134,11 +138,13 @@ def _of_hub(spec: str, *, allow_network: bool) -> Place:
             + (f"; or name {cached} itself to read what is there" if cached is not None else ""),
         )
     # A cached commit is completed, not left for a newer one.
-    fetched, size = _fetched(spec, repository, revision if cached is None else cached.name)
+    commit = revision if cached is None else cached.name
+    size = _check_room(spec, repository, commit, Path(constants.HF_HUB_CACHE))
+    fetched = _fetched(spec, repository, commit)
     if (gap := _gap(fetched)) is not None:
         raise DatasetError(f"{spec} was fetched only in part: {gap}", "look at its files on the hub")
-    how = "was fetched from the hub" if cached is None else "is read from the hub's cache, completed"
-    return Place(fetched, name, (f"{spec} {how} ({size / 1e6:,.1f} MB), commit {fetched.name[:12]}",))
+    how = "was fetched from the hub" if cached is None else "is read from the hub's cache, complete"
+    return Place(fetched, name, (f"{spec} {how}, commit {fetched.name[:12]}: {size:,} bytes came",))
 
 
 def _gap(snapshot: Path) -> str | None:
@@ -204,29 +210,51 @@ def _cached(cache: Path, repository: str, revision: str, *, any_revision: bool) 
     return None
 
 
-def _fetched(spec: str, repository: str, revision: str) -> tuple[Path, int]:
-    """The snapshot, completed, and how many bytes that took.
+def _check_room(spec: str, repository: str, revision: str, cache: Path) -> int:
+    """The bytes that the cache lacks of a revision, by the hub's listing.
 
-    Whole files, not a stream: a killed run resumes and every image is read again for thumbnails and exports, which a
-    stream would fetch anew each time. No script of a dataset is ever run; tables and images alone are read.
+    Raises:
+        DatasetError: the disk has fewer free, or the hub does not list the files.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    blobs = cache / ("datasets--" + repository.replace("/", "--")) / "blobs"
+    sizes: dict[str, int] = {}
+    try:
+        tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+        for one in tree:
+            if isinstance(one, RepoFile):
+                name = one.lfs.sha256 if one.lfs else one.blob_id
+                if "/" in name or not (blobs / name).exists():
+                    sizes[name] = one.size
+    except (HfHubHTTPError, OSError, ValueError) as problem:
+        raise _not_fetched(spec, problem) from problem
+    folder = cache
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DatasetError(
+            f"{spec} needs {needed:,} bytes, and {folder} has {free:,} free",
+            "set HF_HUB_CACHE to a folder on a larger disk",
+        )
+    return needed
+
+
+def _not_fetched(spec: str, problem: Exception) -> DatasetError:
+    reason = " ".join(str(problem).split())[:200]
+    return DatasetError(
+        f"{spec} cannot be fetched: {reason}", "check its name, its licence terms and the network"
+    )
+
+
+def _fetched(spec: str, repository: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        plan = snapshot_download(repository, repo_type="dataset", revision=revision, dry_run=True)
-        needed = sum(file.file_size or 0 for file in plan if file.will_download)
-        cache = Path(constants.HF_HUB_CACHE)
-        there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise DiskError(
-                f"{spec} takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {there}",
-                "free some room, or set HF_HUB_CACHE to a folder of a larger disk",
-            )
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision)), needed
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise DatasetError(
-            f"{spec} cannot be fetched: {reason}", "check its name, its licence terms and the network"
-        ) from problem
+        raise _not_fetched(spec, problem) from problem

@@ -7,6 +7,8 @@ tar is read at random, a compressed one from its start onwards. Links are not fo
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import tarfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -17,8 +19,8 @@ from typing import IO, Any, cast
 from nc_audit.dataset.captions_json import decode_text, parse_json
 from nc_audit.dataset.extras import scalars_of
 from nc_audit.dataset.guard import marker_of
-from nc_audit.dataset.ids import content_id
-from nc_audit.dataset.images import MAX_BYTES, header_problem, open_stream
+from nc_audit.dataset.ids import content_id, content_id_of_blocks
+from nc_audit.dataset.images import MAX_BYTES, header_problem, open_stream, promises_image
 from nc_audit.dataset.rows import Batch, Embedded, LoadOptions, captions_of, counted, flag_of, text_of
 from nc_audit.dataset.tables import guess_columns, plain
 from nc_audit.errors import DatasetError
@@ -349,13 +351,35 @@ def _take_image(
         detail = f"the member states {info.size:,} bytes, more than {MAX_BYTES:,}"
         sample.held = Embedded(uri, None, "corrupt_image", detail)
     else:
-        found = _bytes_at(data, info.offset_data, info.size)
-        if len(found) < info.size:
-            detail = f"the shard ends after {len(found):,} of the member's {info.size:,} bytes"
-            sample.held = Embedded(uri, None, "corrupt_image", detail)
-        else:
-            problem = header_problem(found)
-            sample.held = Embedded(uri, content_id(found), "corrupt_image" if problem else "ok", problem)
+        sample.held = _held(uri, info, data)
+
+
+def _held(uri: str, info: tarfile.TarInfo, data: IO[bytes]) -> Embedded:
+    """What a member holds; a large one that does not begin like an image is hashed and never held whole."""
+    start = _bytes_at(data, info.offset_data, min(info.size, _CHUNK))
+    num_read = len(start)
+
+    def rest() -> Iterator[bytes]:
+        nonlocal num_read
+        while num_read < info.size and (
+            block := _bytes_at(data, info.offset_data + num_read, min(info.size - num_read, _CHUNK))
+        ):
+            num_read += len(block)
+            yield block
+
+    if num_read == info.size or promises_image(start):
+        whole = io.BytesIO()  # its value is no second copy
+        whole.write(start)
+        whole.writelines(rest())
+        found = whole.getvalue()
+        image_id, problem = content_id(found), header_problem(found)
+    else:
+        image_id = content_id_of_blocks(info.size, itertools.chain([start], rest()))
+        problem = header_problem(start)
+    if num_read < info.size:
+        detail = f"the shard ends after {num_read:,} of the member's {info.size:,} bytes"
+        return Embedded(uri, None, "corrupt_image", detail)
+    return Embedded(uri, image_id, "corrupt_image" if problem else "ok", problem)
 
 
 def _take_text(sample: _Sample, info: tarfile.TarInfo, ending: str, data: IO[bytes]) -> None:

@@ -48,6 +48,7 @@ _CAPTION_NAMES = (
 _NOISE_NAMES = ("known_noise", "is_noisy", "noise")
 _NUMBERED = re.compile(r"(.*?[a-z])[_ -]?(\d+)", re.IGNORECASE | re.DOTALL)
 _MAX_CELL = 1 << 27
+_MAX_JSON_LINE = 1 << 24  # characters
 _MAX_LIST_CELL = 1 << 16
 EMBEDDED_ROWS = 32
 _PEEKED = 1000
@@ -401,13 +402,16 @@ def read_json_lines(
     """Rows of a json lines file, one per caption; blank lines are no rows.
 
     Raises:
-        DatasetError: a line is not a json object, with its number; or no column fits.
+        DatasetError: a line is not a json object or too long to be one pair, with its number; or no column fits.
     """
     encoding = encoding_of(path, notes)
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding=encoding) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(_MAX_JSON_LINE + 1), ""), 1):
+                if len(line) > _MAX_JSON_LINE:
+                    message = f"{source} line {number:,} has more than {_MAX_JSON_LINE:,} characters"
+                    raise DatasetError(message, "repair the line")
                 if line.strip():
                     record = parse_json(line, source, number)
                     if not isinstance(record, dict):

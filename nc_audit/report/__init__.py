@@ -233,10 +233,11 @@ def summary(run: Run) -> dict[str, Any]:
     """
     table = joined(run, pairs=["status", "duplicate_of"], tags=["tag"])
     stated = run.manifest.get("summary") or {}
+    dataset = run.manifest.get("dataset") or {}
     tagged = pc.and_(pc.is_valid(table["tag"]), pc.is_null(table["duplicate_of"]))
     return {
         "run": str(run.path),
-        "dataset": (run.manifest.get("dataset") or {}).get("path"),
+        "dataset": dataset.get("given") or dataset.get("path"),
         "rows": table.num_rows,
         "pairs": pc.sum(tagged).as_py() or 0,
         "status": count_values(table["status"], list(STATUSES)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset import LoadedDataset, LoadOptions, load_pairs
+from nc_audit.dataset import ImageStore, LoadedDataset, LoadOptions, content_id, load_pairs
 from nc_audit.schema import check_table
 
 
@@ -26,6 +26,13 @@ def load(path: Path, **options: Any) -> LoadedDataset:
             assert row["caption_id"]
             assert row["image_uri"]
     return loaded
+
+
+def check_images(loaded: LoadedDataset) -> None:
+    """Every image is read again from where its row says, and has the row's content hash."""
+    store = ImageStore(loaded.roots)
+    for uri, image_id in zip(column(loaded, "image_uri"), column(loaded, "image_id"), strict=True):
+        assert content_id(store.read(uri)) == image_id
 
 
 def column(loaded: LoadedDataset, name: str) -> list[Any]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import re
 import subprocess
 import sys
 import threading
 import urllib.parse
-from collections.abc import Mapping
-from typing import ClassVar
 
 import pytest
 
@@ -30,11 +27,11 @@ FILES = {
 PROGRAM = """
 import sys
 from nc_audit.dataset import find_dataset
-from nc_audit.errors import AuditError
+from nc_audit.errors import DatasetError
 try:
     place = find_dataset(sys.argv[1], allow_network=sys.argv[2] == "yes")
     print(place.path, *place.notes, sep="\\n")
-except AuditError as error:
+except DatasetError as error:
     print("error", error.message, error.hint, sep="\\n")
 """
 
@@ -44,7 +41,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     gone: frozenset[str] = frozenset()
-    stated: Mapping[str, int] = {}  # sizes that are not those of the files
+    claimed: int | None = None  # the size of every file by the listing; None for the true one
 
     def do_HEAD(self):
         self.answer(with_body=False)
@@ -65,8 +62,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 {
                     "type": "file",
                     "path": name,
-                    "size": type(self).stated.get(name, len(data)),
                     "oid": hashlib.sha1(data).hexdigest(),
+                    "size": len(data) if type(self).claimed is None else type(self).claimed,
                 }
                 for name, data in FILES.items()
             ]
@@ -75,8 +72,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
             name = path.removeprefix(resolve).partition("/")[2]
             if name in FILES and name not in type(self).gone:
                 data = FILES[name]
-                if name in type(self).stated:
-                    headers["X-Linked-Size"] = str(type(self).stated[name])
                 self.reply(200, data, {**headers, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, with_body)
             else:
                 self.reply(404, b"", {**headers, "X-Error-Code": "EntryNotFound"}, with_body)
@@ -99,7 +94,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub():
     class Own(Hub):
         gone = frozenset()
-        stated: ClassVar = {}
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own)
     server.daemon_threads = True
@@ -138,7 +132,8 @@ def test_the_hub_is_asked_only_with_leave_and_then_once(hub, tmp_path):
         "hf download --repo-type dataset owner/name",
     ]
     path, note = ask(tmp_path, hub.url)
-    assert note == f"hf:owner/name was fetched from the hub (0.0 MB), commit {COMMIT[:12]}"
+    size = sum(len(data) for data in FILES.values())
+    assert note == f"hf:owner/name was fetched from the hub, commit {COMMIT[:12]}: {size:,} bytes came"
     snapshot = tmp_path / "hf" / "hub" / "datasets--owner--name" / "snapshots" / COMMIT
     assert path == str(snapshot)
     assert {name: (snapshot / name).read_bytes() for name in FILES} == FILES
@@ -154,7 +149,7 @@ def test_the_hub_is_asked_only_with_leave_and_then_once(hub, tmp_path):
     )
     assert refused[2].endswith(f"; or name {snapshot} itself to read what is there")
     assert ask(tmp_path, hub.url) == [
-        path, f"hf:owner/name is read from the hub's cache, completed (0.0 MB), commit {COMMIT[:12]}"
+        path, f"hf:owner/name is read from the hub's cache, complete, commit {COMMIT[:12]}: 0 bytes came"
     ]  # fmt: skip
     assert (snapshot / "train" / "2.png").read_bytes() == FILES["train/2.png"]
 
@@ -170,14 +165,13 @@ def test_a_file_the_hub_does_not_serve_and_a_dataset_it_does_not_know_are_one_li
     assert said[1] == "hf:owner/unknown is not in the hub's cache, and the hub cannot be reached"
 
 
-def test_a_dataset_larger_than_the_disk_is_refused_before_anything_is_fetched(hub, tmp_path):
-    hub.stated = {"train/1.png": 1 << 60}
+def test_a_dataset_larger_than_the_disk_is_refused_before_its_first_byte(hub, tmp_path):
+    hub.claimed = 1 << 60
     said = ask(tmp_path, hub.url)
-    assert re.fullmatch(
-        r"hf:owner/name takes 1,152,921,504\.6 GB, and [\d,.]+ GB are free in \S+", said[1]
-    ), said
-    assert said[2] == "free some room, or set HF_HUB_CACHE to a folder of a larger disk"
-    assert not list((tmp_path / "hf").rglob("*.png"))
+    needed = (1 << 60) * len(FILES)
+    assert said[1].startswith(f"hf:owner/name needs {needed:,} bytes, and {tmp_path} has ")
+    assert said[2] == "set HF_HUB_CACHE to a folder on a larger disk"
+    assert not list(tmp_path.rglob("metadata.csv"))
 
 
 @pytest.mark.parametrize(

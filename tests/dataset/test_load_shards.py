@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_checks import column, load
+from dataset_checks import check_images, column, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nc_audit.dataset import ImageStore, content_id, shards
+from nc_audit.dataset import shards
 from nc_audit.errors import AuditError, DatasetError
 
 
@@ -56,10 +58,60 @@ def test_a_shard_gives_its_pairs_and_its_images(tmp_path, name, mode):
     assert column(loaded, "caption") == ["a pond", "a road", "a lake", "a boat"]
     assert column(loaded, "image") == ["a/0.jpg", "1.png", "2.webp", "2.webp"]
     assert column(loaded, "split") == ["train"] * 4
-    store = ImageStore(loaded.roots)
-    for uri, image_id in zip(column(loaded, "image_uri"), column(loaded, "image_id"), strict=True):
-        assert uri.startswith(f"dataset:{name}#")
-        assert content_id(store.read(uri)) == image_id
+    check_images(loaded)
+    assert all(uri.startswith(f"dataset:{name}#") for uri in column(loaded, "image_uri"))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_images_of_more_than_a_block_are_whole(tmp_path, mode):
+    noise = Image.effect_noise((1100, 1100), 90)
+    members = []
+    for number, form in enumerate(("PNG", "TIFF", "BMP", "WEBP", "AVIF", "GIF", "JPEG2000", "PPM", "JPEG")):
+        buffer = io.BytesIO()
+        (noise if form in {"PNG", "TIFF", "BMP", "GIF", "PPM"} else noise.resize((64, 64))).save(buffer, form)
+        ending = {"JPEG2000": "jp2"}.get(form, form.lower())
+        # What follows an image's end is nothing to its reader.
+        data = buffer.getvalue() + bytes((1 << 20) + 1)
+        members += [(f"{number}.{ending}", data), (f"{number}.txt", b"a pond")]
+    shard(tmp_path / ("a.tar" if mode == "w" else "a.tar.gz"), members, mode)
+    loaded = load(tmp_path)
+    assert column(loaded, "status") == ["ok"] * 9
+    check_images(loaded)
+
+
+# Peak memory is of a process's whole life, so that each is a process of its own.
+PEAK = """
+import resource, sys
+from pathlib import Path
+from nc_audit.dataset import load_pairs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = load_pairs(Path(sys.argv[1]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(*loaded.pairs["status"].to_pylist(), loaded.pairs["status_detail"][1])
+"""
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_huge_member_that_is_no_image_is_never_held_whole(tmp_path, mode):
+    name = "a.tar" if mode == "w" else "a.tar.gz"
+    zeros = tarfile.TarInfo("1.png")
+    zeros.size = 192 << 20
+    with tarfile.open(tmp_path / name, mode) as tar:
+        for member, value in (("0.png", picture(1)), ("0.txt", b"fine"), ("1.txt", b"zeros")):
+            info = tarfile.TarInfo(member)
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+        with (tmp_path / "zeros").open("w+b") as file:
+            file.truncate(zeros.size)
+            tar.addfile(zeros, file)
+    (tmp_path / "zeros").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / name)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    grown, said = done.stdout.splitlines()
+    assert said == "ok corrupt_image the file is not an image of a known format"
+    assert int(grown) < 100  # MiB
 
 
 def test_hostile_members_are_rows_with_a_status(tmp_path):

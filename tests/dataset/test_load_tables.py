@@ -8,6 +8,7 @@ import json
 import pytest
 from dataset_checks import column, load
 
+from nc_audit.dataset import tables
 from nc_audit.dataset.tables import guess_columns
 from nc_audit.errors import DatasetError
 
@@ -233,3 +234,16 @@ def test_guesses_prefer_files_to_urls_and_the_plain_name_to_numbered_ones():
     assert guess_columns(["url", "text", "caption"]) == ("url", ("caption",))
     assert guess_columns(["image", "text", "jpg"], embedded=["jpg"]) == ("jpg", ("text",))
     assert guess_columns(["x", "y"]) == (None, ())
+
+
+def test_a_json_line_without_end_is_refused_before_it_is_read_whole(tmp_path, monkeypatch, draw, write):
+    monkeypatch.setattr(tables, "_MAX_JSON_LINE", 60)
+    draw("a.png")
+    fits = json.dumps({"image": "a.png", "caption": "x" * 20}).ljust(59) + "\n"
+    path = write("captions.jsonl", fits)
+    assert column(load(path), "caption") == ["x" * 20]
+    path.write_text(fits + fits.rstrip("\n") + "  \n")
+    with pytest.raises(DatasetError) as error:
+        load(path)
+    assert error.value.message == "captions.jsonl line 2 has more than 60 characters"
+    assert error.value.hint == "repair the line"

@@ -254,3 +254,9 @@ def test_rows_that_a_table_lacks_are_told(run):
     assert str(caught.value) == (
         f"{run.path}: pairs.parquet is stale: 1 of 2 rows are not in it (score the dataset again with --force)"
     )
+
+
+def test_a_dataset_of_a_bucket_is_told_as_the_user_named_it(tmp_path):
+    dataset = {"path": "/cache/snapshots/0f", "given": "s3://bucket/shards"}
+    run = make_run(tmp_path / "toy", [Pair(0, "a red house")], dataset=dataset)
+    assert summary(run)["dataset"] == "s3://bucket/shards"
