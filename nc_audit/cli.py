@@ -61,6 +61,10 @@ TextEncoderOption = Annotated[
 TextWeightsOption = Annotated[
     Path | None, typer.Option("--text-weights", metavar="FILE", help="Local weights of the text encoder.")
 ]
+SubsetOption = Annotated[
+    str | None,
+    typer.Option("--subset", metavar="NAME", help="This subset of those the dataset's card lists."),
+]
 SplitOption = Annotated[str | None, typer.Option("--split", metavar="NAME", help="This split only.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", help="The first N rows only.")]
 ImageRootOption = Annotated[
@@ -213,6 +217,7 @@ def score(
     image_weights: ImageWeightsOption = None,
     text_encoder: TextEncoderOption = None,
     text_weights: TextWeightsOption = None,
+    subset: SubsetOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
     image_root: ImageRootOption = None,
@@ -253,6 +258,7 @@ def score(
             "image_root": _path(image_root),
             "image_column": image_column,
             "caption_column": caption_column,
+            "subset": subset,
             "split": split,
             "limit": limit,
             "trusted": _path(trusted),
@@ -716,6 +722,7 @@ def bench(
     image_encoder: ImageEncoderOption = None,
     image_weights: ImageWeightsOption = None,
     text_encoder: TextEncoderOption = None,
+    subset: SubsetOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
     image_root: ImageRootOption = None,
@@ -749,6 +756,7 @@ def bench(
     settings = {
         "dataset": {
             "image_root": _path(image_root),
+            "subset": subset,
             "split": split,
             "limit": None if speed else limit,
             "allow_network": allow_network or None,

@@ -892,6 +892,7 @@ def load_options(recipe: Recipe, downloads: Path | None = None) -> LoadOptions:
         image_root=Path(section.image_root) if section.image_root else None,
         image_column=section.image_column,
         caption_column=section.caption_column,
+        subset=section.subset,
         split=section.split,
         limit=section.limit,
         downloads=downloads if section.allow_network else None,

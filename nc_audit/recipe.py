@@ -30,6 +30,7 @@ class DatasetSection(_Section):
     )
     image_column: str | None = Field(None, description="column with the image; guessed when not given")
     caption_column: str | None = Field(None, description="column with the caption; guessed when not given")
+    subset: str | None = Field(None, description="audit this subset of those the dataset's card lists")
     split: str | None = Field(None, description="audit this split only")
     limit: int | None = Field(None, ge=1, description="audit the first rows only")
     trusted: str | None = Field(None, description="file of pairs known to be right")

@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nc_audit.dataset import captions_json, saved, shards, tables
+from nc_audit.dataset import captions_json, saved, shards, subsets, tables
 from nc_audit.dataset.guard import data_files, lists_of
 from nc_audit.dataset.images import MANIFEST, PARQUET_ENDINGS
 from nc_audit.dataset.places import files_of, is_pattern, root_of
@@ -84,6 +84,8 @@ def recognise(path: Path, options: LoadOptions) -> Plan:
     Raises:
         DatasetError: there is no such path, nothing in it is recognised, or several files are equally likely.
     """
+    if is_pattern(path) or path.is_file():
+        subsets.choose(path, [], options.subset)
     if is_pattern(path):
         return _recognise_pattern(path, options)
     if not path.exists():
@@ -150,8 +152,11 @@ def read_file(
 
 def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     exported = _export_of_ours(folder, options)
-    if exported:
+    if exported and options.subset is None:
         return _planned(folder, exported, ["an export of nc-audit, which names its files and their splits"])
+    listed = _subset(folder, options)
+    if listed:
+        return listed
     arrows = _saved(folder)
     if arrows:
         return _planned(folder, arrows, [])
@@ -171,6 +176,42 @@ def _recognise_folder(folder: Path, options: LoadOptions) -> Plan:
     raise DatasetError(
         f"{folder} holds no file that states image-caption pairs: {_inventory(folder)}", _UNDERSTOOD
     )
+
+
+def _subset(folder: Path, options: LoadOptions) -> Plan | None:
+    """The files of the subset to read, by the folder's card; None where it lists none, or none that states pairs.
+
+    Raises:
+        DatasetError: the subset wanted is not there, or which of several is meant is open.
+    """
+    known = subsets.subsets_of(folder)
+    names = subsets.files_below(folder) if known else []
+    # A card may list what is stored elsewhere; a subset without a file that may state pairs is none here.
+    of_subset = {
+        one.name: [(name, split) for name, split in one.files(names) if name.lower().endswith(_ENDINGS)]
+        for one in known
+    }
+    subset, notes = subsets.choose(folder, [one for one in known if of_subset[one.name]], options.subset)
+    if subset is None:
+        return None
+    splits = dict(of_subset[subset.name])
+    problems, unfit = list[DatasetError](), list[DatasetFile]()
+    found, others = _sniff_all(folder, [folder / name for name in splits], options, problems, unfit)
+    if not found:
+        if problems:
+            raise problems[0]
+        found, others = unfit, []
+    if not found:
+        raise DatasetError(
+            f"{folder}: no file of the subset {subset.name} states image-caption pairs", _UNDERSTOOD
+        )
+    found = [replace(file, split=splits[file.source] or file.split) for file in found]
+    plan = _chosen(folder, found, others, are_one=True)
+    listed = {name for files in of_subset.values() for name, _ in files}
+    unlisted = [name for name in names if name.lower().endswith(_ENDINGS) and name not in listed]
+    if unlisted:
+        notes.append(f"not read, as {subsets.CARD} lists them in no subset: {_listed(unlisted)}")
+    return replace(plan, notes=[*notes, *plan.notes])
 
 
 def _recognise_pattern(pattern: Path, options: LoadOptions) -> Plan:
@@ -395,8 +436,8 @@ def _keys_of_first_line(path: Path, source: str) -> tuple[str, ...]:
     return ()
 
 
-def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
-    """The files of the first kind there is; the rest is noted.
+def _chosen(folder: Path, found: list[DatasetFile], others: list[str], *, are_one: bool = False) -> Plan:
+    """The files of the first kind there is; the rest is noted. `are_one`: they are known to be one dataset.
 
     Raises:
         DatasetError: that kind has files which are not the splits, or the shards, of one dataset.
@@ -409,7 +450,7 @@ def _chosen(folder: Path, found: list[DatasetFile], others: list[str]) -> Plan:
             frozenset(file.columns) if kind in ("parquet", "saved", "webdataset") else family_of(file.source),
             [],
         ).append(file)
-    if len(families) > 1:
+    if len(families) > 1 and not are_one:
         names = ", ".join(file.source for file in files[:10]) + (", ..." if len(files) > 10 else "")
         message = f"{folder} holds {len(files)} files that could each be the dataset: {names}"
         raise DatasetError(

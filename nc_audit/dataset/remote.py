@@ -20,11 +20,14 @@ from typing import Any
 
 from nc_audit.dataset.ids import content_id
 from nc_audit.errors import AuditError, DatasetError
+from nc_audit.run import writing
 
 MAX_OBJECTS = 1_000_000
 _AT_ONCE = 16
 _TRIES = 3
 _PAUSE = 0.5
+_GRACE = 60.0  # seconds before an answer may be called too slow
+_SLOWEST = 1_000.0  # bytes per second
 _MAGIC = re.compile(r"[*?[]")
 _SPEC = re.compile(r"(s3|gs|hf)://(.+)", re.DOTALL)
 _PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "hf": ("huggingface_hub", "")}
@@ -296,6 +299,7 @@ def _fetch(bucket: _Bucket, one: _Object) -> Path | str:
 
     Raises:
         DatasetError: the network fails; then no row may be taken for one whose image is not there.
+        DiskError: there is no room for it.
     """
     parts = one.relative.split("/")
     if "\0" in one.relative or any(part in ("", ".", "..") for part in parts):
@@ -305,15 +309,15 @@ def _fetch(bucket: _Bucket, one: _Object) -> Path | str:
     path = _blob(bucket, one)
     if one.version and path.is_file() and path.stat().st_size == one.size:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     for number in range(1, _TRIES + 1):
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
+        partial = _partial_beside(path)
         try:
-            _download(bucket, one, partial)
-            partial.replace(path)
+            with writing(path):
+                _download(bucket, one, partial)
+                partial.replace(path)
             return path
+        except AuditError:
+            raise
         except _RefusedError as problem:
             return str(problem)
         except FileNotFoundError:
@@ -332,18 +336,36 @@ def _fetch(bucket: _Bucket, one: _Object) -> Path | str:
     raise AssertionError("the last try returns or raises")
 
 
+def _partial_beside(path: Path) -> Path:
+    """A new file for what is not whole yet."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    except OSError as problem:
+        raise DatasetError(
+            f"{path.parent} cannot be written: {problem.strerror}",
+            "set XDG_CACHE_HOME to a folder of yours",
+        ) from problem
+    os.close(handle)
+    return Path(name)
+
+
 def _download(bucket: _Bucket, one: _Object, partial: Path) -> None:
     from fsspec.callbacks import Callback
 
     class Meter(Callback):
-        """Ends an answer that is longer than its listing says, before it fills the disk."""
+        """Ends an answer that is longer than its listing says, before it fills the disk, or that drips for ever."""
 
-        taken = 0
+        taken, begun = 0, time.monotonic()
 
         def relative_update(self, inc: int = 1) -> None:
             self.taken += inc
             if self.taken > one.size:
                 raise _RefusedError(f"it is longer than the {one.size:,} bytes of its listing")
+            seconds = time.monotonic() - self.begun
+            if seconds > _GRACE and self.taken < _SLOWEST * seconds:
+                raise ConnectionError(f"{self.taken:,} bytes came in {seconds:.0f} s")
 
     bucket.system.get_file(one.key, str(partial), callback=Meter())
     with partial.open("rb") as handle:

@@ -29,6 +29,7 @@ class LoadOptions:
     image_root: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    subset: str | None = None
     split: str | None = None
     limit: int | None = None
     downloads: Path | None = None

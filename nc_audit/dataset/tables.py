@@ -9,11 +9,11 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,8 +47,7 @@ _CAPTION_NAMES = (
 )  # fmt: skip
 _NOISE_NAMES = ("known_noise", "is_noisy", "noise")
 _NUMBERED = re.compile(r"(.*?[a-z])[_ -]?(\d+)", re.IGNORECASE | re.DOTALL)
-_MAX_CELL = 1 << 27
-_MAX_JSON_LINE = 1 << 24  # characters
+_MAX_LINE = 1 << 24  # characters; also of a cell
 _MAX_LIST_CELL = 1 << 16
 EMBEDDED_ROWS = 32
 _PEEKED = 1000
@@ -237,17 +236,21 @@ def read_delimited(
 
 
 class _Lines:
-    """The lines of a file, remembering those of the record that is being read."""
+    """The lines of a file, remembering those of the record that is being read; none may be of any length."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
-        self._lines = iter(lines)
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self.record: list[str] = []
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
+        line = self._file.readline(_MAX_LINE + 1)
+        if not line:
+            raise StopIteration
+        if len(line) > _MAX_LINE:
+            raise csv.Error(f"it has more than {_MAX_LINE:,} characters")
         if len(self.record) >= _MAX_LINES:
             raise csv.Error(f"a quote opened {len(self.record):,} lines above is never closed")
         self.record.append(line)
@@ -360,8 +363,9 @@ def list_in(cell: str) -> list[str] | None:
 
 def delimiter_of(path: Path, encoding: str, options: LoadOptions) -> str:
     """The delimiter that splits a header into the columns looked for, else the most frequent one in it."""
-    with path.open(encoding=encoding, newline="") as lines:
-        header = next((line for line in lines if line.strip()), "")[:_MAX_LIST_CELL]
+    with path.open(encoding=encoding, newline="") as file:
+        lines = iter(lambda: file.readline(_MAX_LIST_CELL), "")
+        header = next((line for line in lines if line.strip()), "")
     if path.suffix.lower() in (".tsv", ".tab"):
         return "\t"
     best, most = ",", 0
@@ -378,9 +382,11 @@ def delimiter_of(path: Path, encoding: str, options: LoadOptions) -> str:
 
 
 def _quotes_close(path: Path, encoding: str, delimiter: str) -> bool:
-    with path.open(encoding=encoding, newline="") as lines:
+    with path.open(encoding=encoding, newline="") as file:
         try:
-            for _ in csv.reader(lines, delimiter=delimiter, strict=True):
+            for _ in csv.reader(
+                iter(lambda: file.readline(_MAX_LINE + 1), ""), delimiter=delimiter, strict=True
+            ):
                 pass
         except csv.Error:
             return False
@@ -389,7 +395,7 @@ def _quotes_close(path: Path, encoding: str, delimiter: str) -> bool:
 
 @contextmanager
 def _long_cells_allowed() -> Iterator[None]:
-    before = csv.field_size_limit(_MAX_CELL)
+    before = csv.field_size_limit(_MAX_LINE)
     try:
         yield
     finally:
@@ -408,9 +414,9 @@ def read_json_lines(
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding=encoding) as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(_MAX_JSON_LINE + 1), ""), 1):
-                if len(line) > _MAX_JSON_LINE:
-                    message = f"{source} line {number:,} has more than {_MAX_JSON_LINE:,} characters"
+            for number, line in enumerate(iter(lambda: lines.readline(_MAX_LINE + 1), ""), 1):
+                if len(line) > _MAX_LINE:
+                    message = f"{source} line {number:,} has more than {_MAX_LINE:,} characters"
                     raise DatasetError(message, "repair the line")
                 if line.strip():
                     record = parse_json(line, source, number)

@@ -333,6 +333,19 @@ def test_a_table_of_one_endless_line_is_not_read(tmp_path, name):
     assert memory() - before < 200 << 20
 
 
+@pytest.mark.parametrize(("name", "start"), [("p.csv", b"image,caption\n"), ("p.tsv", b"image\tcaption\n")])
+def test_a_line_of_any_length_is_not_read_whole(tmp_path, name, start):
+    with (tmp_path / name).open("wb") as handle:
+        handle.write(start)
+        handle.truncate(1 << 29)
+    before, begun = memory(), time.monotonic()
+    with pytest.raises(DatasetError) as error:
+        load(tmp_path)
+    assert error.value.message == f"{name} line 2: it has more than 16,777,216 characters"
+    assert time.monotonic() - begun < 10
+    assert memory() - before < 300 << 20
+
+
 def test_a_quote_that_swallows_a_large_file_is_told_before_it_has(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "p.csv").write_bytes(b'image,caption\na.png,x\na.png,"y\n' + b"a.png,z\n" * 140_000)

@@ -237,7 +237,7 @@ def test_guesses_prefer_files_to_urls_and_the_plain_name_to_numbered_ones():
 
 
 def test_a_json_line_without_end_is_refused_before_it_is_read_whole(tmp_path, monkeypatch, draw, write):
-    monkeypatch.setattr(tables, "_MAX_JSON_LINE", 60)
+    monkeypatch.setattr(tables, "_MAX_LINE", 60)
     draw("a.png")
     fits = json.dumps({"image": "a.png", "caption": "x" * 20}).ljust(59) + "\n"
     path = write("captions.jsonl", fits)

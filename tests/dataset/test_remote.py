@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from dataset_checks import column, load
 from PIL import Image
 
 from nc_audit.dataset import ImageStore, find_dataset, remote
-from nc_audit.errors import DatasetError
+from nc_audit.errors import DatasetError, DiskError
 
 # moto and botocore warn of their own futures.
 pytestmark = [
@@ -330,6 +332,31 @@ def test_a_network_that_breaks_while_fetching_is_an_error_not_a_row(bucket, monk
     assert len(tries) == 3
     monkeypatch.setattr(remote, "_download", download)
     assert column(found("s3://box/d/p.csv")[1], "status") == ["ok", "ok"]
+
+
+def test_a_full_disk_and_a_folder_of_others_are_told_as_such(bucket, monkeypatch):
+    bucket(**{"d/p.csv": b"image,caption\na.png,x\n", "d/a.png": picture(1)})
+
+    def full(bucket, one, partial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_download", full)
+        with pytest.raises(DiskError, match=r"the disk is full: .* could not be written"):
+            find_dataset("s3://box/d/p.csv", allow_network=True)
+    blobs = remote.cache_folder() / "blobs"
+    if blobs.exists():
+        shutil.rmtree(blobs)
+    blobs.write_text("a file where a folder should be")
+    assert "cannot be written: " in error_of("s3://box/d/p.csv").message
+
+
+def test_an_answer_that_never_ends_is_given_up(bucket, monkeypatch):
+    bucket(**{"d/p.csv": b"image,caption\na.png,x\n", "d/a.png": picture(1)})
+    monkeypatch.setattr(remote, "_GRACE", 0.0)
+    monkeypatch.setattr(remote, "_SLOWEST", 1e12)
+    message = error_of("s3://box/d/p.csv").message
+    assert "'p.csv' could not be reached: 22 bytes came in 0 s" in message
 
 
 def test_an_object_that_is_not_as_long_as_listed_is_not_taken(bucket, monkeypatch):
