@@ -249,9 +249,10 @@ def score(
     """
     from nc_audit import console
     from nc_audit.dataset import find_dataset
-    from nc_audit.pipeline import score_dataset
+    from nc_audit.pipeline import help_embed, score_dataset
     from nc_audit.recipe import build_recipe
     from nc_audit.run import RUNS, remember_latest
+    from nc_audit.team import of_torchrun
 
     settings = {
         "dataset": {
@@ -268,6 +269,11 @@ def score(
         "train": {"seed": seed},
     }
     built = build_recipe(recipe or (), set_ or (), settings)
+    team = of_torchrun()
+    if not team.is_first:
+        if not dry_run:
+            help_embed(team, built, device, precision)
+        return
     with console.Watch(quiet=json) as watch:
         place = find_dataset(
             dataset,
@@ -292,6 +298,7 @@ def score(
                 force=force,
                 watch=watch,
                 given=dataset if dataset != str(place.path) and not Path(dataset).exists() else None,
+                team=team,
             )
     if not dry_run:
         remember_latest(run)

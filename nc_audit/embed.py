@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from nc_audit.dataset import decode_image
 from nc_audit.encoders import Encoders, ImageEncoder, ImageLearner, TextEncoder, TextLearner
 from nc_audit.errors import DatasetError, EncoderError
 from nc_audit.run import digest_of, replacing
+from nc_audit.team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ def embed_all(
     *,
     batch_size: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    team: Team = ALONE,
 ) -> Embeddings:
     """Fit encoders that learn from the data, and embed every image and caption that the store does not hold yet.
 
@@ -265,6 +267,7 @@ def embed_all(
         store: where embeddings are kept.
         batch_size: images per batch; 0 finds it.
         progress: told what is done, how many are, and of how many.
+        team: processes that do the same with the same store at the same time, each its share of the shards.
     """
 
     def part(what: str) -> Progress | None:
@@ -272,7 +275,11 @@ def embed_all(
 
     work = Work()
     with work.timed("learn"):
+        if not team.is_first:
+            team.meet()  # what the first one has learnt is there then
         image_encoder = fit_images(encoders.image, image_ids, read, store, progress=part("learn images"))
+        if team.is_first:
+            team.meet()
     image, failures = embed_images(
         image_encoder,
         image_ids,
@@ -281,11 +288,12 @@ def embed_all(
         batch_size=batch_size,
         progress=part("embed images"),
         work=work,
+        team=team,
     )
     with work.timed("learn"):
         text_encoder = fit_captions(encoders.text, caption_ids, captions, store)
     caption = embed_captions(
-        text_encoder, caption_ids, captions, store, progress=part("embed captions"), work=work
+        text_encoder, caption_ids, captions, store, progress=part("embed captions"), work=work, team=team
     )
     return Embeddings(
         image_ids,
@@ -379,6 +387,7 @@ def embed_images(
     num_workers: int = 4,
     progress: Progress | None = None,
     work: Work | None = None,
+    team: Team = ALONE,
 ) -> tuple[np.ndarray, dict[str, str]]:
     """Embed the images that the store does not hold yet, and return all as read back from it.
 
@@ -391,6 +400,7 @@ def embed_images(
         num_workers: threads that read, decode and preprocess, ahead of the encoder.
         progress: called with images embedded and images in all, what the store held included.
         work: what is done is added to it.
+        team: processes that each embed a share of it.
 
     Returns:
         Vectors [N, D] float32, not a number for images that failed, and why those failed by image id.
@@ -402,13 +412,13 @@ def embed_images(
         progress(done, len(image_ids))
     work = work or Work()
     work.images += len(missing)
-    batch_size = batch_size or (batch_that_fits(encoder) if missing else IMAGES_AT_ONCE)
+    team.meet()  # nothing is written before all have seen what is missing
+    batch_size = team.agreed(batch_size or (batch_that_fits(encoder) if missing else IMAGES_AT_ONCE))
     encode = _Fitting(encoder.encode)
-    run = max(1, IMAGES_PER_SHARD // batch_size) * batch_size
+    runs = team.share(_runs(missing, max(1, IMAGES_PER_SHARD // batch_size) * batch_size))
     passing: dict[str, str] = {}
-    decoded = decoded_ahead(encoder, read, missing, num_workers, AHEAD * batch_size)
-    for start in range(0, len(missing), run):
-        rows = missing[start : start + run]
+    decoded = decoded_ahead(encoder, read, chain.from_iterable(runs), num_workers, AHEAD * batch_size)
+    for rows in runs:
         vectors = torch.zeros(len(rows), encoder.dim)
         errors: list[str | None] = [None] * len(rows)
         unread: set[int] = set()
@@ -428,9 +438,9 @@ def embed_images(
             if images:
                 with work.timed("encode"):
                     vectors[places] = encode(torch.stack(images))
-            done += min(batch_size, len(rows) - first)
+            done += team.size * min(batch_size, len(rows) - first)
             if progress:
-                progress(done, len(image_ids))
+                progress(min(done, len(image_ids)), len(image_ids))
         kept = [place for place in range(len(rows)) if place not in unread]
         if kept:
             store.write(
@@ -440,6 +450,8 @@ def embed_images(
                 vectors[kept],
                 [errors[p] for p in kept],
             )
+    for others in team.gathered(passing):
+        passing |= others
     embedded, _, failures = store.read("image", encoder.digest, image_ids, encoder.dim)
     return embedded, failures | passing
 
@@ -452,6 +464,7 @@ def embed_captions(
     *,
     progress: Progress | None = None,
     work: Work | None = None,
+    team: Team = ALONE,
 ) -> np.ndarray:
     """Embed the captions that the store does not hold yet, and return all as read back from it.
 
@@ -462,6 +475,7 @@ def embed_captions(
         store: where embeddings are kept.
         progress: called with captions embedded and captions in all, what the store held included.
         work: what is done is added to it.
+        team: processes that each embed a share of it.
 
     Returns:
         Vectors [N, D] float32.
@@ -475,18 +489,24 @@ def embed_captions(
     run = CAPTIONS_PER_LEARNT_SHARD if encoder.spec == "tfidf" else CAPTIONS_PER_SHARD
     if progress:
         progress(done, len(caption_ids))
-    for start in range(0, len(missing), run):
-        rows = missing[start : start + run]
+    team.meet()  # nothing is written before all have seen what is missing
+    for rows in team.share(_runs(missing, run)):
         with work.timed("encode"):
             vectors = encode([captions[row] for row in rows])
         store.write(
             "caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows)
         )
-        done += len(rows)
+        done += team.size * len(rows)
         if progress:
-            progress(done, len(caption_ids))
+            progress(min(done, len(caption_ids)), len(caption_ids))
+    team.meet()
     embedded, _, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
     return embedded
+
+
+def _runs(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Rows in pieces of `size`, each to be a shard."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class Decoding:

@@ -47,6 +47,7 @@ from nc_audit.tag import (
     threshold_for_precision,
     thresholds_in_use,
 )
+from nc_audit.team import ALONE, Team
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,7 @@ def score_dataset(
     force: bool = False,
     watch: Watcher | None = None,
     given: str | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Audit a dataset into a run directory, resuming what is there.
 
@@ -111,6 +113,7 @@ def score_dataset(
         force: forget what was done and start over; human decisions stay.
         watch: told notes and progress.
         given: what the user named, where `dataset` is a copy of it here; for the manifest.
+        team: processes of which this is the first; the others are in `help_embed`.
 
     Returns:
         The summary that also stands in the manifest.
@@ -123,7 +126,8 @@ def score_dataset(
         raise RunError(f"{out} is a file", "give a folder with --out")
     if out.is_dir() and not _is_ours(out):
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
-    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch or Silence(), given)
+    watch = watch or Silence()
+    audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch, given, team)
     if (out / LOCK).exists():
         with audit.run.locked():
             pass  # that another process holds it should be told before the encoders are looked for
@@ -134,7 +138,26 @@ def score_dataset(
         run = audit.run
         if force:
             run.manifest["stages"] = {}
-        return audit.run_all()
+        facts = audit.run_all()
+    if not audit.has_called:
+        team.agreed(None)
+    return facts
+
+
+def help_embed(team: Team, recipe: Recipe, device: str = "auto", precision: str = "auto") -> None:
+    """Embed this process's share of what the first of the team embeds, which says for which run; nothing otherwise.
+
+    Args:
+        team: processes of which this is not the first.
+        recipe: the same that the first one has.
+        device: auto, cpu or cuda.
+        precision: auto, fp32 or bf16.
+    """
+    run = team.agreed(None)
+    if run is not None:
+        path = Path(run)
+        audit = _Audit(Run.open(path), path, recipe, (), device, precision, Silence(), None, team)
+        audit.embeddings  # noqa: B018  what it is for is what it leaves in the store
 
 
 def _is_ours(out: Path) -> bool:
@@ -156,9 +179,11 @@ class _Audit:
         precision: str,
         watch: Watcher,
         given: str | None,
+        team: Team,
     ) -> None:
         self.run, self.dataset, self.recipe, self.watch, self.given = run, dataset, recipe, watch, given
         self.recipe_names, self.device, self.precision = recipe_names, device, precision
+        self.team, self.has_called = team, False
 
     def run_all(self) -> dict[str, Any]:
         key = ""
@@ -270,8 +295,12 @@ class _Audit:
             )
         store = embed.EmbeddingStore(self.run.path / "embeddings")
         store.folder.mkdir(parents=True, exist_ok=True)
+        plan = self.tuned_plan(wide)
+        if self.team.is_first:
+            self.team.agreed(str(self.run.path))  # the others have waited for it
+            self.has_called = True
         return embed.embed_all(
-            load_encoders(self.tuned_plan(wide)),
+            load_encoders(plan),
             wide.image_ids,
             lambda position: self.images.read(wide.image_uris[position]),
             wide.caption_ids,
@@ -279,6 +308,7 @@ class _Audit:
             store,
             batch_size=self.recipe.image.batch,
             progress=self.watch.progress,
+            team=self.team,
         )
 
     def tuned_plan(self, wide: Folded) -> EncoderPlan:

@@ -239,21 +239,26 @@ def _one_side(
     query, position = own
     order = query.argsort(stable=True)
     query, position = query[order], position[order]
-    lse, mean = [], []
-    start = 0
-    for part in query_QD.split(_QUERIES_AT_ONCE):
-        logits = (
-            (scale * part) @ candidate_MD.T if transform is None else scale * transform(part @ candidate_MD.T)
-        )
+    num = len(query_QD)
+    size = min(_QUERIES_AT_ONCE, max(1, num))
+    # The same memory for every block: what is freed between results that stay is seldom fit for the next block.
+    lse, mean = query_QD.new_empty(num), query_QD.new_empty(num)
+    logits_BM, share_BM = (query_QD.new_empty(size, len(candidate_MD)) for _ in range(2))
+    for start in range(0, num, size):
+        part = query_QD[start : start + size]
+        logits, share = logits_BM[: len(part)], share_BM[: len(part)]
+        if transform is None:
+            torch.mm(scale * part, candidate_MD.T, out=logits)
+        else:
+            torch.mul(transform(part @ candidate_MD.T), scale, out=logits)
         low, high = torch.searchsorted(query, query.new_tensor([start, start + len(part)])).tolist()
         logits[query[low:high] - start, position[low:high]] = _MASKED
         top = logits.amax(1)
-        share = (logits - top[:, None]).exp_()
+        torch.exp(logits.sub_(top[:, None]), out=share)
         total = share.sum(1)
-        mean.append(torch.linalg.vecdot(share, logits) / total)
-        lse.append(top + total.log())
-        start += len(part)
-    return _Side(torch.cat(lse), torch.cat(mean))
+        torch.add(torch.linalg.vecdot(share, logits) / total, top, out=mean[start : start + len(part)])
+        torch.add(top, total.log(), out=lse[start : start + len(part)])
+    return _Side(lse, mean)
 
 
 def match(
