@@ -31,6 +31,10 @@ WINDOW = 256
 NEAR_COSINE = 0.9  # of centred embeddings; the hash decides
 NEAR_BITS = 26  # of 256
 HASHED = 4_000  # images decoded for their hash, at most
+_HASH_BYTES = 32
+_PROPOSED = 1_000_000  # pairs of near-identical embeddings kept, at most
+_AT_ONCE = 1 << 16  # pairs compared at once
+_FEW = 50  # images close to one after projection, up to which cosines are computed one by one
 PLACEHOLDER = 10  # captions at least
 COPIED = 10  # images at least
 REMATCHED = 20_000  # displaced images or captions searched, at most
@@ -169,35 +173,89 @@ def near_duplicates(
     draw = np.random.default_rng(0).normal(size=(centred.shape[1], 32)).astype(np.float32)
     small = centred @ draw
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-9)
-    proposed: list[tuple[float, int, int]] = []
-    for left, right in _close(small, num, found):
-        cosine = (centred[left] * centred[right]).sum(1)
-        for at in np.flatnonzero(cosine >= NEAR_COSINE).tolist():
-            a, b = sorted((int(left[at]), int(right[at])))
-            proposed.append((-float(cosine[at]), a, b))
-    hashes: dict[int, int | None] = {}
+    cosine, left, right = _closest(centred, small, found)
+    if not len(left):
+        return []
+    # Images in the order in which the pairs, the closest first, ask for them.
+    asked, first = np.unique(np.stack([left, right], 1), return_index=True)
+    num_asked = np.bincount(first // 2, minlength=len(left)).cumsum()
+    within = num_asked <= HASHED
+    if not within.all():
+        found.capped.append(f"near-duplicate images: the closest {HASHED:,} images were compared by hash")
+        left, right = left[within], right[within]
+        asked = np.unique(np.stack([left, right], 1))
+    hashes = np.zeros((num, _HASH_BYTES), np.uint8)
+    is_read = np.zeros(num, bool)
+    for one in asked.tolist():
+        seen = read_hash(one)
+        if seen is not None:
+            hashes[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
+            is_read[one] = True
     confirmed = []
-    for _, a, b in sorted(proposed):
-        if len({a, b} - hashes.keys()) + len(hashes) > HASHED:
-            found.capped.append(f"near-duplicate images: the closest {HASHED:,} images were compared by hash")
-            break
-        for one in (a, b):
-            if one not in hashes:
-                hashes[one] = read_hash(one)
-        first, second = hashes[a], hashes[b]
-        if first is not None and second is not None and (first ^ second).bit_count() <= NEAR_BITS:
-            confirmed.append((a, b))
+    for start in range(0, len(left), _AT_ONCE):
+        some, others = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
+        differing = np.bitwise_count(hashes[some] ^ hashes[others]).sum(1, dtype=np.int64)
+        alike = is_read[some] & is_read[others] & (differing <= NEAR_BITS)
+        confirmed += zip(some[alike].tolist(), others[alike].tolist(), strict=True)
     return sorted(confirmed)
 
 
-def _close(small: np.ndarray, num: int, found: Found) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Candidate pairs of rows with a high cosine after projection, block by block; each pair once."""
+def _closest(
+    centred: np.ndarray, small: np.ndarray, found: Found
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cosines and indices, the smaller first, of all pairs with near-identical embeddings, the closest first.
+
+    Of very many, as an encoder proposes that sees little, the closest are kept.
+    """
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    num_kept, least, is_capped = 0, NEAR_COSINE, False
+    for cosine, one, other in _close(centred, small, found):
+        near = cosine >= least
+        kept.append((cosine[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near])))
+        num_kept += len(kept[-1][0])
+        if num_kept > 2 * _PROPOSED:
+            cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
+            least, is_capped = np.partition(cosine, -_PROPOSED)[-_PROPOSED], True
+            near = cosine >= least
+            kept, num_kept = [(cosine[near], left[near], right[near])], int(near.sum())
+    if not kept:
+        nothing = np.zeros(0, np.int64)
+        return np.zeros(0, np.float32), nothing, nothing
+    if is_capped or num_kept > _PROPOSED:
+        found.capped.append(
+            f"near-duplicate images: more than {_PROPOSED:,} pairs look alike to the encoder; the closest were compared"
+        )
+    cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
+    order = np.lexsort((right, left, -cosine))[:_PROPOSED]
+    return cosine[order], left[order], right[order]
+
+
+def _close(
+    centred: np.ndarray, small: np.ndarray, found: Found
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cosines and indices of pairs of rows that are close after projection, a part at a time; each pair once."""
     limit = NEAR_COSINE - 0.15  # the projection errs by about (1 - cosine^2) / sqrt(32)
+    num = len(centred)
+
+    def cosines(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for start in range(0, len(left), _AT_ONCE):
+            a, b = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
+            yield np.einsum("nd,nd->n", centred[a], centred[b]), a, b
+
     if num <= WHOLE_SEARCH:
         for start in range(0, num, 1024):
-            left, right = np.nonzero(small[start : start + 1024] @ small[start:].T >= limit)
+            rows = slice(start, start + 1024)
+            is_close = small[rows] @ small[start:].T >= limit
+            if np.count_nonzero(is_close) <= _FEW * len(is_close):
+                left, right = np.nonzero(is_close)
+                keep = right > left
+                yield from cosines(left[keep] + start, right[keep] + start)
+                continue
+            cosine = centred[rows] @ centred[start:].T  # one by one would take longer
+            left, right = np.nonzero(cosine >= NEAR_COSINE)
             keep = right > left
-            yield left[keep] + start, right[keep] + start
+            left, right = left[keep], right[keep]
+            yield cosine[left, right], left + start, right + start
         return
     found.capped.append(
         f"near-duplicate images: {num:,} images, each compared with the {2 * WINDOW:,} most alike along one direction"
@@ -206,7 +264,7 @@ def _close(small: np.ndarray, num: int, found: Found) -> Iterator[tuple[np.ndarr
     for step in range(1, WINDOW + 1):
         left, right = order[:-step], order[step:]
         keep = (small[left] * small[right]).sum(1) >= limit
-        yield left[keep], right[keep]
+        yield from cosines(left[keep], right[keep])
 
 
 def _rows_of(index_N: np.ndarray, num: int) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from nc_audit import findings
 from nc_audit.findings import Found, Vectors, dhash, find_all, script_of
 from nc_audit.schema import FINDING_KINDS, PAIRS, check_table
 from nc_audit.tag import Thresholds, tag_scores
@@ -330,3 +331,43 @@ def test_tags_take_reasons_and_rematches_from_the_findings() -> None:
     ]
     assert tags["rematch_row"].to_pylist() == [None, 2, None]
     assert tags["rematch_probability"].to_pylist() == [None, 0.75, None]
+
+
+@pytest.mark.parametrize(
+    ("hashed", "proposed", "few"),
+    [(1000, 10_000, 50), (12, 10_000, 50), (1000, 30, 50), (0, 10_000, 50), (1000, 10_000, 0), (1000, 30, 0)],
+)
+def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed, few):
+    """An encoder that sees little proposes most pairs; the closest are compared, up to the limits."""
+    monkeypatch.setattr(findings, "HASHED", hashed)
+    monkeypatch.setattr(findings, "_PROPOSED", proposed)
+    monkeypatch.setattr(findings, "_AT_ONCE", 7)
+    monkeypatch.setattr(findings, "_FEW", few)
+    draw = np.random.default_rng(3)
+    vectors = draw.normal(size=(40, 6)).astype(np.float32)
+    vectors[:30] = vectors[:3].repeat(10, 0) + 0.1 * draw.normal(size=(30, 6)).astype(np.float32)
+    hashes = [int.from_bytes(draw.bytes(2), "big") << 240 for _ in range(40)]
+    hashes[5:9] = [hashes[5] ^ (1 << bit) for bit in range(4)]
+
+    def read(image: int) -> int | None:
+        return None if image == 8 else hashes[image]
+
+    centred = vectors - vectors.mean(0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    close = sorted(
+        (-float(centred[a] @ centred[b]), a, b)
+        for a in range(40)
+        for b in range(a + 1, 40)
+        if centred[a] @ centred[b] >= findings.NEAR_COSINE
+    )
+    expected, seen = [], set()
+    for _, a, b in close[:proposed]:
+        if len(seen | {a, b}) > hashed:
+            break
+        seen |= {a, b}
+        if None not in (read(a), read(b)) and (hashes[a] ^ hashes[b]).bit_count() <= findings.NEAR_BITS:
+            expected.append((a, b))
+    found = Found()
+    assert findings.near_duplicates(vectors, read, found) == sorted(expected)
+    assert len(close) > 100
+    assert len(found.capped) == (hashed < 40) + (proposed < 100)
