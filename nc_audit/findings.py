@@ -173,7 +173,7 @@ def near_duplicates(
     draw = np.random.default_rng(0).normal(size=(centred.shape[1], 32)).astype(np.float32)
     small = centred @ draw
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-9)
-    cosine, left, right = _closest(centred, small, found)
+    left, right = _closest(centred, small, found)
     if not len(left):
         return []
     # Images in the order in which the pairs, the closest first, ask for them.
@@ -191,7 +191,7 @@ def near_duplicates(
         if seen is not None:
             hashes[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
             is_read[one] = True
-    confirmed = []
+    confirmed: list[tuple[int, int]] = []
     for start in range(0, len(left), _AT_ONCE):
         some, others = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
         differing = np.bitwise_count(hashes[some] ^ hashes[others]).sum(1, dtype=np.int64)
@@ -200,18 +200,16 @@ def near_duplicates(
     return sorted(confirmed)
 
 
-def _closest(
-    centred: np.ndarray, small: np.ndarray, found: Found
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cosines and indices, the smaller first, of all pairs with near-identical embeddings, the closest first.
+def _closest(centred: np.ndarray, small: np.ndarray, found: Found) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, the smaller first, of all pairs with near-identical embeddings, the closest first.
 
     Of very many, as an encoder proposes that sees little, the closest are kept.
     """
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     num_kept, least, is_capped = 0, NEAR_COSINE, False
-    for cosine, one, other in _close(centred, small, found):
-        near = cosine >= least
-        kept.append((cosine[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near])))
+    for alike, one, other in _close(centred, small, found):
+        near = alike >= least
+        kept.append((alike[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near])))
         num_kept += len(kept[-1][0])
         if num_kept > 2 * _PROPOSED:
             cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
@@ -220,14 +218,14 @@ def _closest(
             kept, num_kept = [(cosine[near], left[near], right[near])], int(near.sum())
     if not kept:
         nothing = np.zeros(0, np.int64)
-        return np.zeros(0, np.float32), nothing, nothing
+        return nothing, nothing
     if is_capped or num_kept > _PROPOSED:
         found.capped.append(
             f"near-duplicate images: more than {_PROPOSED:,} pairs look alike to the encoder; the closest were compared"
         )
     cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
     order = np.lexsort((right, left, -cosine))[:_PROPOSED]
-    return cosine[order], left[order], right[order]
+    return left[order], right[order]
 
 
 def _close(
@@ -389,6 +387,8 @@ def script_of(caption: str) -> str | None:
         >>> script_of("ein Fluß"), script_of("река"), script_of("12 !")
         ('LATIN', 'CYRILLIC', None)
     """
+    if caption.isascii():
+        return "LATIN" if any(map(str.isalpha, caption[:2000])) else None
     counts = Counter(_script(letter) for letter in caption[:2000] if letter.isalpha())
     return max(sorted(counts), key=lambda one: counts[one]) if counts else None
 
@@ -396,11 +396,9 @@ def script_of(caption: str) -> str | None:
 def written(found: Found, pairs: pa.Table) -> None:
     """Captions that are empty, one word, a file name or URL, or in another script or language than the rest."""
     captions, statuses = pairs["caption"].to_pylist(), pairs["status"].to_pylist()
-    scripts: list[str | None] = []
-    for row, (caption, status) in enumerate(zip(captions, statuses, strict=True)):
-        text = "" if caption is None else caption.strip()
-        script = script_of(text)
-        scripts.append(script)
+    texts = ["" if caption is None else caption.strip() for caption in captions]
+    scripts = _of_each(texts, script_of)
+    for row, (text, script, status) in enumerate(zip(texts, scripts, statuses, strict=True)):
         if status in ("empty_caption", "missing_caption"):
             found.add("empty_caption", row, STATUS_WORDS[status])
         if not text:
@@ -423,12 +421,18 @@ def written(found: Found, pairs: pa.Table) -> None:
                 "other_script", row, f"caption is in {script.title()}, {num:,} others are in {usual.title()}"
             )
     if usual == "LATIN":
-        _other_languages(found, captions)
+        _other_languages(found, texts)
 
 
-def _other_languages(found: Found, captions: Sequence[str | None]) -> None:
+def _of_each(texts: Sequence[str], of: Callable[[str], str | None]) -> list[str | None]:
+    """What holds of each text, found out once for equal ones."""
+    known = {text: of(text) for text in set(texts)}
+    return [known[text] for text in texts]
+
+
+def _other_languages(found: Found, captions: Sequence[str]) -> None:
     """Captions whose small words are of another language than those of nearly all others, and none of theirs."""
-    languages = [language_of(caption or "") for caption in captions]
+    languages = _of_each(captions, language_of)
     counts = Counter(one for one in languages if one)
     if sum(counts.values()) < FEW_LANGUAGES:
         return
@@ -436,7 +440,7 @@ def _other_languages(found: Found, captions: Sequence[str | None]) -> None:
     if num < 0.8 * sum(counts.values()):
         return
     for row, (language, caption) in enumerate(zip(languages, captions, strict=True)):
-        if language and language != usual and not _SMALL_WORDS[usual].intersection(_words(caption or "")):
+        if language and language != usual and not _SMALL_WORDS[usual].intersection(_words(caption)):
             found.add("other_script", row, f"caption is in {language}, {num:,} others are in {usual}")
 
 
