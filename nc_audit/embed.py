@@ -11,6 +11,7 @@ Shapes: N = images or captions; D = dimensions.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ IMAGES_PER_SHARD = 1024
 CAPTIONS_PER_SHARD = 4096
 CAPTIONS_PER_LEARNT_SHARD = 1 << 16  # cheap to encode, and one shard makes an interrupted fit harmless
 AHEAD = 3  # batches decoded ahead of the encoder
+DECODERS = max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that read, decode and preprocess."""
 IMAGES_AT_ONCE = 64
 MOST_AT_ONCE = 1024
 _OUT_OF_MEMORY = (
@@ -286,6 +289,7 @@ def embed_all(
         read,
         store,
         batch_size=batch_size,
+        num_workers=max(4, DECODERS // team.size),
         progress=part("embed images"),
         work=work,
         team=team,
@@ -315,7 +319,7 @@ def fit_images(
     read: Read,
     store: EmbeddingStore,
     *,
-    num_workers: int = 4,
+    num_workers: int = DECODERS,
     progress: Progress | None = None,
 ) -> ImageEncoder:
     """The encoder itself when it is frozen; else what it learns from the images, kept in the store's folder.
@@ -384,7 +388,7 @@ def embed_images(
     store: EmbeddingStore,
     *,
     batch_size: int = 0,
-    num_workers: int = 4,
+    num_workers: int = DECODERS,
     progress: Progress | None = None,
     work: Work | None = None,
     team: Team = ALONE,
@@ -414,31 +418,44 @@ def embed_images(
     work.images += len(missing)
     team.meet()  # nothing is written before all have seen what is missing
     batch_size = team.agreed(batch_size or (batch_that_fits(encoder) if missing else IMAGES_AT_ONCE))
-    encode = _Fitting(encoder.encode)
     runs = team.share(_runs(missing, max(1, IMAGES_PER_SHARD // batch_size) * batch_size))
     passing: dict[str, str] = {}
     decoded = decoded_ahead(encoder, read, chain.from_iterable(runs), num_workers, AHEAD * batch_size)
+    on_gpu = str(getattr(encoder, "device", "cpu")).startswith("cuda")
+    encode = _Fitting(encoder.encode)
+
+    def batches() -> Iterator[list[tuple[Tensor | None, Exception | None]]]:
+        for rows in runs:
+            for first in range(0, len(rows), batch_size):
+                yield list(islice(decoded, min(batch_size, len(rows) - first)))
+
+    def encoded(
+        batch: list[tuple[Tensor | None, Exception | None]],
+    ) -> tuple[Tensor | None, list[Exception | None], float]:
+        start = time.perf_counter()
+        images = [image for image, _ in batch if image is not None]
+        vectors = encode(_stacked(images, pinned=on_gpu)) if images else None
+        return vectors, [error for _, error in batch], time.perf_counter() - start
+
+    begun, encoding = time.perf_counter(), 0.0
+    # A GPU has the next batch before it is through with one: one thread waits for it, the other feeds it.
+    results = _ahead(encoded, batches(), 1 + on_gpu, 2 + on_gpu)
     for rows in runs:
         vectors = torch.zeros(len(rows), encoder.dim)
         errors: list[str | None] = [None] * len(rows)
         unread: set[int] = set()
         for first in range(0, len(rows), batch_size):
-            places, images = [], []
-            with work.timed("decode"):
-                batch = list(islice(decoded, min(batch_size, len(rows) - first)))
-            for place, (image, error) in enumerate(batch, first):
-                if image is not None:
-                    places.append(place)
-                    images.append(image)
-                elif isinstance(error, OSError):
+            found, problems, seconds = next(results)
+            encoding += seconds
+            if found is not None:
+                vectors[[first + at for at, problem in enumerate(problems) if problem is None]] = found
+            for place, problem in enumerate(problems, first):
+                if isinstance(problem, OSError):
                     unread.add(place)
-                    passing[image_ids[rows[place]]] = f"cannot be read: {error.strerror or error}"
-                else:
-                    errors[place] = str(error)
-            if images:
-                with work.timed("encode"):
-                    vectors[places] = encode(torch.stack(images))
-            done += team.size * min(batch_size, len(rows) - first)
+                    passing[image_ids[rows[place]]] = f"cannot be read: {problem.strerror or problem}"
+                elif problem is not None:
+                    errors[place] = str(problem)
+            done += team.size * len(problems)
             if progress:
                 progress(min(done, len(image_ids)), len(image_ids))
         kept = [place for place in range(len(rows)) if place not in unread]
@@ -450,6 +467,9 @@ def embed_images(
                 vectors[kept],
                 [errors[p] for p in kept],
             )
+    spent = time.perf_counter() - begun
+    work.encode += min(encoding, spent)
+    work.decode += max(0.0, spent - encoding)
     for others in team.gathered(passing):
         passing |= others
     embedded, _, failures = store.read("image", encoder.digest, image_ids, encoder.dim)
@@ -507,6 +527,14 @@ def embed_captions(
 def _runs(rows: Sequence[int], size: int) -> list[Sequence[int]]:
     """Rows in pieces of `size`, each to be a shard."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _stacked(images: Sequence[Tensor], *, pinned: bool) -> Tensor:
+    """Images as one tensor [B, 3, H, W], in memory from which a GPU copies by itself where that is wanted."""
+    if not pinned:
+        return torch.stack(list(images))
+    shape = (len(images), *images[0].shape)
+    return torch.stack(list(images), out=torch.empty(shape, dtype=images[0].dtype, pin_memory=True))
 
 
 class Decoding:

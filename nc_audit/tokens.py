@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nc_audit.embed import AHEAD, EmbeddingStore, decoded_ahead
+from nc_audit.embed import AHEAD, DECODERS, EmbeddingStore, decoded_ahead
 from nc_audit.methods.projections import Projection, principal_projection
 from nc_audit.run import digest_of, replacing
 
@@ -43,7 +43,7 @@ def image_tokens(
     store: EmbeddingStore,
     *,
     batch_size: int = 64,
-    num_workers: int = 4,
+    num_workers: int = DECODERS,
     progress: Progress | None = None,
 ) -> Tensor:
     """Local embeddings of images, shape [N, T, K]; all zero for an image that cannot be decoded.

@@ -68,7 +68,7 @@ def measure_speed(
     with tempfile.TemporaryDirectory(prefix="nc-audit-speed-") as name:
         folder = Path(name)
         counts = _take(dataset, num_images, folder / "set", options or LoadOptions())
-        weights = Path(file) if file else _random_weights(model, folder / "random.pt")
+        weights = Path(file) if file else random_weights(model, folder / "random.pt")
         note(f"plain loop of {counts['images']:,} images and {counts['rows']:,} captions")
         loop = [sys.executable, "-m", "nc_audit.bench.speed", folder / "set" / "captions.csv", weights, model]
         plain = float(_run(loop, without=_OURS))
@@ -123,7 +123,12 @@ def _take(dataset: Path, num_images: int, folder: Path, options: LoadOptions) ->
     return {"images": len(chosen), "rows": len(rows)}
 
 
-def _random_weights(model: str, path: Path) -> Path:
+def random_weights(model: str, path: Path) -> Path:
+    """A file of random weights, always the same, for an open_clip model.
+
+    Raises:
+        EncoderError: open_clip does not know the model.
+    """
     import open_clip
     import torch
 

@@ -198,7 +198,7 @@ def pixel_steps(transform: Any) -> Callable[[Image.Image], Tensor]:
 
 def normalised(batch: Tensor, mean: Sequence[float], std: Sequence[float], device: str) -> Tensor:
     """Bytes [B, 3, H, W] to normalised float32 on the device, channels last (faster for convolutions)."""
-    moved = batch.to(device).float().div_(255)
+    moved = batch.to(device, non_blocking=True).float().div_(255)
     shape = (1, len(mean), 1, 1)
     moved.sub_(torch.tensor(mean, device=device).view(shape)).div_(
         torch.tensor(std, device=device).view(shape)
