@@ -55,7 +55,8 @@ ALSO = {
         "nc_audit.model",
         "nc_audit.pipeline",
     },
-    "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders"},
+    "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders", "nc_audit.team"},
+    "team": set(),
 }
 """What a stage may import beyond that; of the dataset and the report only the names below."""
 
