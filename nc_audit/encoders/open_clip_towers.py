@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nc_audit.encoders.weights import (
@@ -104,6 +105,20 @@ def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:
     return "tag", rest, file
 
 
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """No weight is drawn at random meanwhile, which would take a second; a file has to hold all of them."""
+    names = ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_")
+    before = {name: getattr(nn.init, name) for name in names}
+    for name in names:
+        setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(nn.init, name, function)
+
+
 class OpenClipModel:
     """A loaded model, from which the two encoders are taken, and whose towers can be trained.
 
@@ -137,7 +152,10 @@ class OpenClipModel:
         options = plan.image_options
         preprocess |= {key: value for key in ("mean", "std") if (value := getattr(options, key)) is not None}
         try:
-            with warnings.catch_warnings():
+            is_whole = (
+                pretrained is not None and path.suffix != ".npz"
+            )  # open_clip then insists on every weight
+            with warnings.catch_warnings(), _undrawn() if is_whole else nullcontext():
                 warnings.simplefilter("ignore")  # open_clip's own, about defaults that are chosen here
                 self.model = open_clip.create_model(
                     model_name,
