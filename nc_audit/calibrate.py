@@ -53,7 +53,10 @@ def image_mean(value_N: Tensor, image_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseRate:
-    """Estimated share of noisy pairs, 0..1, with its interval over images."""
+    """Estimated share of noisy pairs, 0..1, with its interval over images.
+
+    `expected_auroc` is not a number where it cannot be told: blind, uncalibrated, or nearly all noise.
+    """
 
     estimate: float
     low: float
@@ -144,7 +147,7 @@ def noise_rate(
     separation = swaps_auroc(evidence.given_N, evidence.swaps_S)
     is_blind = separation < 0.5 + 3 * chance_spread
     if is_blind:
-        low, high = 0.0, 1.0
+        return NoiseRate(estimate, 0.0, 1.0, level, float("nan"), is_blind)
     return NoiseRate(estimate, low, high, level, expected_auroc(separation, estimate), is_blind)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -89,6 +91,7 @@ def test_random_scores_are_blind(seed):
     assert found.is_blind
     assert found.is_weak
     assert (found.low, found.high) == (0.0, 1.0)
+    assert math.isnan(found.expected_auroc)
     for half in (calibrated(evidence, found).given_N, calibrated(evidence, found).swaps_S):
         assert (half == 0.5).all()
 
