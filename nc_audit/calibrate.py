@@ -55,7 +55,8 @@ def image_mean(value_N: Tensor, image_N: Tensor) -> Tensor:
 class NoiseRate:
     """Estimated share of noisy pairs, 0..1, with its interval over images.
 
-    `expected_auroc` is not a number where it cannot be told: blind, uncalibrated, or nearly all noise.
+    `expected_auroc` is not a number where it cannot be told: blind, uncalibrated, or nearly all noise. `swaps_right` is
+    the share of the known swaps that are right by chance, 0..1.
     """
 
     estimate: float
@@ -65,6 +66,7 @@ class NoiseRate:
     expected_auroc: float
     is_blind: bool
     is_calibrated: bool = True
+    swaps_right: float = 0.0
 
     def moved(self, by: float) -> NoiseRate:
         """The rate and its interval moved, within 0..1; a blind one stays."""
@@ -95,6 +97,7 @@ def noise_rate(
     num_draws: int = 400,
     *,
     also: tuple[Evidence, Tensor] | None = None,
+    right_by_chance: float = 0.0,
 ) -> NoiseRate:
     """Noise rate with a bootstrap interval over images.
 
@@ -110,6 +113,7 @@ def noise_rate(
         num_draws: bootstrap draws.
         also: a second look at the same pairs with swaps of its own, and their images. The estimates are averaged,
             and where they differ the interval is wider.
+        right_by_chance: share of the swaps that would be right were all given pairs wrong, 0..1.
 
     Returns:
         The estimate and its interval; the interval speaks of sampling and of differing looks, not of errors harder
@@ -130,6 +134,8 @@ def noise_rate(
     estimates, draws = [], []
     for point_Q, some in zip(points, drawn, strict=True):
         found = pure_rate(point_Q, torch.stack(some))
+        # The tails give r / (1 - e), and of the swaps e = r c are right.
+        found = found / (1 + right_by_chance * found)
         estimates.append(float(found[0]))
         draws.append(found[1:])
     estimate = sum(estimates) / len(estimates)
@@ -148,7 +154,9 @@ def noise_rate(
     is_blind = separation < 0.5 + 3 * chance_spread
     if is_blind:
         return NoiseRate(estimate, 0.0, 1.0, level, float("nan"), is_blind)
-    return NoiseRate(estimate, low, high, level, expected_auroc(separation, estimate), is_blind)
+    right = estimate * right_by_chance
+    auroc = expected_auroc(separation, estimate, right)
+    return NoiseRate(estimate, low, high, level, auroc, is_blind, swaps_right=right)
 
 
 def _tail_sums(evidence: Evidence, image_N: Tensor, image_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,15 +320,16 @@ def combine_held_out(
     image_S: Tensor,
     whole_images: bool,
     seed: int,
+    right_by_chance: float = 0.0,
 ) -> HeldOut:
     """Fuse the first look with the held-out loss and distance; by image when noise strikes whole images.
 
-    Swaps of equal image then are one swapped image.
+    Swaps of equal image then are one swapped image, and none of them is right by chance.
     """
     evidence = fused(first, loss, distance)
     if whole_images:
-        evidence = by_image(evidence, image_N, image_S)
-    rate = noise_rate(evidence, image_N, image_S, seed)
+        evidence, right_by_chance = by_image(evidence, image_N, image_S), 0.0
+    rate = noise_rate(evidence, image_N, image_S, seed, right_by_chance=right_by_chance)
     return HeldOut(evidence, rate, calibrated(evidence, rate))
 
 
@@ -328,4 +337,4 @@ def calibrated(evidence: Evidence, rate: NoiseRate) -> Evidence:
     """Noise probability of given pairs and swaps, 0..1; one half throughout where the evidence is blind."""
     if rate.is_blind:
         return Evidence(torch.full_like(evidence.given_N, 0.5), torch.full_like(evidence.swaps_S, 0.5))
-    return evidence.posterior(rate.estimate)
+    return evidence.posterior(rate.estimate, rate.swaps_right)

@@ -25,7 +25,7 @@ from nc_audit.calibrate import (
     rate_of_probabilities,
 )
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, carried_over, fused, worth
+from nc_audit.methods.known_swaps import Evidence, carried_over, fused, right_by_chance, worth
 from nc_audit.methods.matching import Pairs, positions
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
@@ -232,6 +232,10 @@ def judge(
         rate = rate_of_probabilities(probability, pairs.image_N, seed)
         score = given["noise_score"]
     else:
+        swapped = Pairs(swaps["image"], swaps["caption"], pairs.num_images, pairs.num_captions)
+        by_chance = right_by_chance(
+            swapped.image_N, swapped.caption_N, pairs.image_N, pairs.caption_N, pairs.num_captions
+        )
         held_out = combine_held_out(
             Evidence(given["first"], swaps["first"]),
             Evidence(given["loss"], swaps["loss"]),
@@ -240,8 +244,8 @@ def judge(
             swaps["image"],
             whole_images,
             seed,
+            by_chance,
         )
-        swapped = Pairs(swaps["image"], swaps["caption"], pairs.num_images, pairs.num_captions)
         trust_N = 1 - held_out.posterior.given_N
         around = ask_neighbours(
             image_ID,
@@ -274,7 +278,12 @@ def judge(
                 untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"])
                 evidence = evidence + untrained.times(worth(untrained, held))
             rate = noise_rate(
-                evidence, pairs.image_N, swapped.image_N, seed, also=(held_out.evidence, swaps["image"])
+                evidence,
+                pairs.image_N,
+                swapped.image_N,
+                seed,
+                also=(held_out.evidence, swaps["image"]),
+                right_by_chance=by_chance,
             )
             probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N

@@ -223,9 +223,13 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 
 def noise_posterior(
-    score: Sequence[float], swaps: Sequence[float], rate: float, num_bins: int
+    score: Sequence[float], swaps: Sequence[float], rate: float, num_bins: int, swaps_right: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """rate * (density of swaps / density of given pairs), by isotonic regression over bins of equal count."""
+    """rate * (density of swaps / density of given pairs), by isotonic regression over bins of equal count.
+
+    Where some swaps are right, the densities w of wrong swaps and c of clean pairs, both over that of the given pairs,
+    solve w (1 - e) + c e = ratio and w r + c (1 - r) = 1.
+    """
     pooled = [*score, *swaps]
     num = len(pooled)
     num_bins = max(1, min(num_bins, num // 4))
@@ -243,7 +247,11 @@ def noise_posterior(
     result = []
     for i in range(num):
         h = min(fitted[bin_of[i]], 1 - 1e-9)
-        result.append(min(1.0, rate * h / (1 - h) * len(score) / len(swaps)))
+        ratio = h / (1 - h) * len(score) / len(swaps)
+        e = min(swaps_right, (1 - rate) / 2)
+        determinant = (1 - e) * (1 - rate) - e * rate
+        wrong = ratio if e == 0 else (ratio * (1 - rate) - e) / determinant
+        result.append(min(1.0, max(0.0, rate * wrong)))
     return result[: len(score)], result[len(score) :]
 
 

@@ -52,6 +52,19 @@ def test_the_interval_contains_the_estimate_and_lies_within_0_and_1(rate, seed):
     assert found.level == 0.9
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.8])
+def test_swaps_that_are_right_by_chance_do_not_raise_the_rate(rate):
+    evidence, image = mixture(rate, 2, 4000)
+    by_chance = 0.1
+    returned = torch.arange(len(image)) < round(rate * by_chance * len(image))
+    evidence = Evidence(evidence.given_N, evidence.swaps_S - 3.0 * returned)
+    told = noise_of(evidence, image, right_by_chance=by_chance)
+    assert told.estimate == pytest.approx(rate, abs=0.02)
+    assert told.swaps_right == pytest.approx(rate * by_chance, rel=0.05)
+    assert told.low < rate < told.high
+    assert noise_of(evidence, image).estimate > told.estimate + 0.8 * rate**2 * by_chance
+
+
 @pytest.mark.parametrize("whole_images", [False, True])
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(rate, whole_images):

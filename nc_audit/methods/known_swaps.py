@@ -9,6 +9,7 @@ Shapes: N = given pairs; S = known swaps; Q = quantiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ def draw_swaps(
 ) -> Tensor:
     """A caption for each pair's image that none of the image's pairs carries.
 
-    A random permutation of the captions within each block, drawn again (a bounded number of times) where it gives a
-    given pair, at last from outside the block.
+    A random permutation of the captions within each block. Where it gives a given pair, it exchanges captions with
+    another of its block, so that each caption stays as frequent as it is; after a bounded number of tries one is drawn
+    again, at last from outside the block.
 
     A model that is to score swaps like noise must not know where their captions come from: a wrong caption's true
     image is nowhere in the set. So when pairs are scored by a model that did not see their fold, swaps take their
@@ -65,19 +67,69 @@ def draw_swaps(
     mixed = torch.randperm(len(caption_N), generator=generator)
     swapped = torch.empty_like(caption_N)
     swapped[by_block] = caption_N[mixed[block_N[mixed].argsort(stable=True)]]
-    for attempt in range(50):
+    for attempt in range(70):
         clash = is_given(swapped, image_N).nonzero().squeeze(1)
         if len(clash) == 0:
             return swapped
-        if attempt < 25:
+        if attempt < 60:
             share = torch.rand(len(clash), generator=generator, dtype=torch.float64)
             within = (share * sizes[block_N[clash]]).long()
-            drawn = by_block[starts[block_N[clash]] + within]
+            other = by_block[starts[block_N[clash]] + within]
+        if attempt < 50:
+            _exchange(swapped, image_N, clash, other, is_given)
+        elif attempt < 60:
+            swapped[clash] = caption_N[other]
         else:
             drawn = torch.randint(len(caption_N), (len(clash),), generator=generator)
-        swapped[clash] = caption_N[drawn]
+            swapped[clash] = caption_N[drawn]
     swapped[is_given(swapped, image_N)] = -1
     return swapped
+
+
+def _exchange(
+    swapped_N: Tensor,
+    image_N: Tensor,
+    clash_K: Tensor,
+    other_K: Tensor,
+    is_given: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Exchanges, in place, the captions of clashing places and of others, where neither then is a given pair."""
+    fits = ~is_given(swapped_N[other_K], image_N[clash_K]) & ~is_given(swapped_N[clash_K], image_N[other_K])
+    clash_K, other_K = clash_K[fits], other_K[fits]
+    # A place takes part once: the first time it is named.
+    named = torch.stack([clash_K, other_K], 1).flatten()
+    places, inverse = named.unique(return_inverse=True)
+    turn = torch.arange(len(named))
+    first = torch.full_like(places, len(named)).scatter_reduce(0, inverse, turn, "amin")
+    once = (first[inverse] == turn).view(-1, 2).all(1)
+    clash_K, other_K = clash_K[once], other_K[once]
+    swapped_N[clash_K], swapped_N[other_K] = swapped_N[other_K], swapped_N[clash_K]
+
+
+def right_by_chance(
+    image_S: Tensor, caption_S: Tensor, image_N: Tensor, caption_N: Tensor, num_captions: int
+) -> float:
+    """Share of the swaps that would be right by chance if every given pair were wrong.
+
+    An image that lost its captions to noise may be given one of them back. An image of n captions holds c with the
+    probability v = n q where q is c's share of all pairs; of those that do not carry c, a share v / (1 - v) lost it.
+    Where only a share r of the given pairs is wrong, r times as many swaps are right.
+
+    Args:
+        image_S: index of each swap's image, shape [S].
+        caption_S: index of each swap's caption, shape [S].
+        image_N: index of each given pair's image, shape [N].
+        caption_N: index of each given pair's caption, shape [N].
+        num_captions: size of the caption index.
+
+    Returns:
+        0..1; near 0 where captions seldom repeat.
+    """
+    num_images = int(torch.cat([image_N, image_S]).max()) + 1
+    size_I = torch.bincount(image_N, minlength=num_images).double()
+    share_C = torch.bincount(caption_N, minlength=num_captions).double() / len(caption_N)
+    held_S = (size_I[image_S] * share_C[caption_S]).clamp_max(0.5)
+    return float((held_S / (1 - held_S)).mean())
 
 
 def draw_image_swaps(
@@ -182,15 +234,17 @@ def swaps_auroc(score_N: Tensor, swap_score_S: Tensor) -> float:
     return float(((below + up_to).double() / 2).mean()) / len(score_N)
 
 
-def expected_auroc(separation: float, rate: float) -> float:
+def expected_auroc(separation: float, rate: float, swaps_right: float = 0.0) -> float:
     """AUROC that the score would show against the truth, had one the labels.
 
     Swaps against given pairs give A; a share r of the given pairs are themselves like swaps (AUROC .5 against
-    them), so (A - r / 2) / (1 - r) is what swaps show against the matched ones.
+    them), so (A - r / 2) / (1 - r) is what swaps show against the matched ones. Of swaps of which a share e is right,
+    wrong ones show (A - r / 2 - e / 2) / (1 - r - e).
 
     Args:
         separation: A, `swaps_auroc`, 0..1.
         rate: noise rate of the given pairs, 0..1.
+        swaps_right: e, share of the swaps that are right by chance, 0..1.
 
     Returns:
         0..1; .5 = blind. Not a number where nearly every pair is noise.
@@ -199,9 +253,9 @@ def expected_auroc(separation: float, rate: float) -> float:
         >>> round(expected_auroc(0.8, 0.4), 3)
         1.0
     """
-    if rate > 0.99:
+    if rate + swaps_right > 0.99:
         return float("nan")
-    return min(1.0, max(0.0, (separation - rate / 2) / (1 - rate)))
+    return min(1.0, max(0.0, (separation - rate / 2 - swaps_right / 2) / (1 - rate - swaps_right)))
 
 
 def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
@@ -253,17 +307,19 @@ def carried_over(probability_N: Tensor, score_N: Tensor, num_bins: int = 2048) -
 
 
 def noise_posterior(
-    score_N: Tensor, swap_score_S: Tensor, rate: float, num_bins: int = 2048
+    score_N: Tensor, swap_score_S: Tensor, rate: float, swaps_right: float = 0.0, num_bins: int = 2048
 ) -> tuple[Tensor, Tensor]:
     """Probability of each pair to be noise: rate times the density ratio of swaps to given pairs.
 
-    An isotonic regression of "is a swap" on the score, over both kinds, gives h; the ratio is
-    h / (1 - h) * N / S; the posterior is rate times that, cut to 0..1. With rate 0 it is 0: nothing is forced.
+    An isotonic regression of "is a swap" on the score, over both kinds, gives h; the ratio x is
+    h / (1 - h) * N / S; the posterior is r x, cut to 0..1. With rate 0 it is 0: nothing is forced. Of swaps of which a
+    share e is right, wrong ones have the density ratio ((1 - r) x - e) / (1 - r - e).
 
     Args:
         score_N: scores of the given pairs, higher = noisier, shape [N].
         swap_score_S: scores of known swaps, shape [S].
-        rate: noise rate of the given pairs, 0..1.
+        rate: noise rate r of the given pairs, 0..1.
+        swaps_right: share e of the swaps that are right by chance, 0..1; at most half of 1 - r counts.
         num_bins: the pooled scores are first gathered into this many bins of equal count.
 
     Returns:
@@ -280,7 +336,11 @@ def noise_posterior(
     fitted = torch.zeros(num_bins, dtype=torch.float64)
     fitted[filled] = isotonic_fit(share, counts[filled])
     h = fitted[bins].clamp(0.0, 1 - 1e-9)
-    posterior = (rate * h / (1 - h) * len(score_N) / len(swap_score_S)).clamp(0.0, 1.0)
+    ratio = h / (1 - h) * len(score_N) / len(swap_score_S)
+    right = min(swaps_right, (1 - rate) / 2)
+    if right > 0:
+        ratio = ((1 - rate) * ratio - right) / (1 - rate - right)
+    posterior = (rate * ratio).clamp(0.0, 1.0)
     return posterior[: len(score_N)], posterior[len(score_N) :]
 
 
@@ -348,9 +408,9 @@ class Evidence:
         """Noise rate by the swaps' tails, 0..1."""
         return noise_rate(self.given_N, self.swaps_S)
 
-    def posterior(self, rate: float) -> Evidence:
+    def posterior(self, rate: float, swaps_right: float = 0.0) -> Evidence:
         """Noise probability of given pairs and swaps, float32, 0..1."""
-        given, swaps = noise_posterior(self.given_N, self.swaps_S, rate)
+        given, swaps = noise_posterior(self.given_N, self.swaps_S, rate, swaps_right)
         return Evidence(given.float(), swaps.float())
 
 

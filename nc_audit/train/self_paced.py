@@ -475,7 +475,16 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
     prior_T[:num][trusted_N] = 1.0
     folds = train_folds(inputs, swaps, prior_T, fold_T, settings, seed, progress)
     held_out = combine_held_out(
-        first.evidence, folds.loss, folds.distance, pairs.image_N, swaps.image_N, whole_images, seed
+        first.evidence,
+        folds.loss,
+        folds.distance,
+        pairs.image_N,
+        swaps.image_N,
+        whole_images,
+        seed,
+        known_swaps.right_by_chance(
+            swaps.image_N, swaps.caption_N, pairs.image_N, pairs.caption_N, pairs.num_captions
+        ),
     )
     noise = held_out.posterior
     # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions

@@ -22,6 +22,7 @@ from nc_audit.methods.known_swaps import (
     isotonic_fit,
     noise_posterior,
     noise_rate,
+    right_by_chance,
     standardise,
     swaps_auroc,
 )
@@ -109,6 +110,44 @@ def test_swaps_of_many_pairs_are_nearly_a_permutation():
     assert torch.bincount(swapped).max() <= 3
 
 
+@given(seed=strategies.seeds, popular=st.integers(20, 70))
+def test_swaps_keep_every_caption_as_frequent_as_it_is(seed, popular):
+    caption = torch.cat([torch.zeros(popular, dtype=torch.long), torch.arange(1, 201 - popular)])
+    swapped = draw_swaps(torch.arange(200), caption, 201, generator(seed))
+    assert torch.equal(swapped.sort().values, caption.sort().values)
+
+
+def test_a_caption_on_most_images_is_drawn_as_far_as_it_goes():
+    caption = torch.cat([torch.zeros(150, dtype=torch.long), torch.arange(1, 51)])
+    swapped = draw_swaps(torch.arange(200), caption, 51, generator())
+    assert (swapped[:150] > 0).all()
+    assert (swapped >= 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.8])
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_right_by_chance_is_what_displaced_captions_show(rate, per_image):
+    g = generator(1)
+    image, place = torch.arange(20_000) // per_image, torch.arange(20_000) % per_image
+    # The captions of an image differ, and some captions are far more frequent than others.
+    own = 40 * place + (torch.rand(20_000, generator=g) ** 3 * 40).long()
+    wrong = torch.rand(20_000, generator=g) < rate
+    found = own.clone()
+    found[wrong] = draw_swaps(image[wrong], own[wrong], 80, g, None, (image, own))
+    swapped = draw_swaps(image, found, 80, g)
+    pairs = set(zip(image.tolist(), own.tolist(), strict=True))
+    hits = np.mean([pair in pairs for pair in zip(image.tolist(), swapped.tolist(), strict=True)])
+    assert hits > 0.02
+    told = rate * right_by_chance(image, swapped, image, found, 80)
+    assert told == pytest.approx(hits, rel=0.1)
+
+
+def test_nothing_is_right_by_chance_where_no_caption_comes_twice():
+    image = caption = torch.arange(1000)
+    swapped = draw_swaps(image, caption, 1000, generator())
+    assert right_by_chance(image, swapped, image, caption, 1000) == pytest.approx(0.001, rel=0.01)
+
+
 def test_image_swaps_take_all_captions_of_one_other_image_however_many():
     sizes = torch.arange(100) % 5 + 1
     image = torch.arange(100).repeat_interleave(sizes)
@@ -161,6 +200,16 @@ def test_expected_auroc_is_near_the_one_that_labels_would_give(rate):
     assert expected_auroc(swaps_auroc(score, swaps), rate) == pytest.approx(labelled, abs=0.006 / (1 - rate))
 
 
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_expected_auroc_knows_of_swaps_that_are_right(rate):
+    score, swaps = mixture(rate, 5, gap=2.0)
+    noisy = torch.arange(len(score)) < rate * len(score)
+    swaps[: round(0.1 * len(swaps))] -= 2.0
+    labelled = roc_auc_score(noisy, score)
+    assert expected_auroc(swaps_auroc(score, swaps), rate, 0.1) == pytest.approx(labelled, abs=0.01)
+    assert expected_auroc(swaps_auroc(score, swaps), rate) < labelled - 0.03
+
+
 def test_expected_auroc_is_no_number_where_all_is_noise():
     assert math.isnan(expected_auroc(0.5, 1.0))
 
@@ -204,11 +253,17 @@ def test_isotonic_fit_equals_the_oracle_and_sklearn(pairs):
     assert (fitted.diff() >= 0).all()
 
 
-@given(strategies.scores(), strategies.scores(), rates, st.sampled_from([1, 5, 2048]))
-def test_posterior_equals_the_oracle(score, swaps, rate, num_bins):
+@given(
+    strategies.scores(),
+    strategies.scores(),
+    rates,
+    st.sampled_from([1, 5, 2048]),
+    st.sampled_from([0.0, 0.02, 0.2]),
+)
+def test_posterior_equals_the_oracle(score, swaps, rate, num_bins, right):
     for ours, expected in zip(
-        noise_posterior(score, swaps, rate, num_bins),
-        oracles.noise_posterior(score.tolist(), swaps.tolist(), rate, num_bins),
+        noise_posterior(score, swaps, rate, right, num_bins),
+        oracles.noise_posterior(score.tolist(), swaps.tolist(), rate, num_bins, right),
         strict=True,
     ):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
@@ -242,6 +297,19 @@ def test_posterior_means_near_the_rate_and_is_calibrated(rate, gap):
         inside = (posterior >= low) & (posterior < low + 0.2)
         if inside.sum() > 300:
             assert noisy[inside].float().mean() == pytest.approx(posterior[inside].mean().item(), abs=0.06)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
+def test_posterior_is_calibrated_where_some_swaps_are_right(rate):
+    score, swaps = mixture(rate, 3, gap=2.5)
+    right = 0.1
+    swaps[: round(right * len(swaps))] -= 2.5
+    noisy = torch.arange(len(score)) < rate * len(score)
+    told, _ = noise_posterior(score, swaps, rate, right)
+    untold, _ = noise_posterior(score, swaps, rate)
+    off = [(noisy[one > 0.9].float().mean() - one[one > 0.9].mean()).abs() for one in (told, untold)]
+    assert off[0] < 0.015
+    assert off[1] > 0.03
 
 
 @given(strategies.scores(min_size=2), strategies.scores(min_size=2), rates, strategies.seeds)
