@@ -32,6 +32,7 @@ from torch import Tensor
 from nc_audit.dataset import decode_image
 from nc_audit.encoders import Encoders, ImageEncoder, ImageLearner, TextEncoder, TextLearner
 from nc_audit.errors import DatasetError, EncoderError
+from nc_audit.room import room_for
 from nc_audit.run import digest_of, replacing
 from nc_audit.team import ALONE, Team
 
@@ -97,7 +98,8 @@ class EmbeddingStore:
             Vectors [N, D] float32 (not a number where there is none), whether each id is known [N] bool, and the
             reasons of those that failed by id.
         """
-        vectors = np.full((len(ids), dim), np.nan, dtype=np.float32)
+        vectors = room_for(len(ids), dim).numpy()
+        vectors.fill(np.nan)
         known = np.zeros(len(ids), dtype=bool)
         failures: dict[str, str] = {}
         shards = [self._open(path) for path in self._shards(side, digest)]
@@ -243,8 +245,9 @@ class Embeddings:
 def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
     if ids == wanted:
         return vectors
-    at = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
-    return vectors[torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))]
+    found = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
+    at = torch.from_numpy(found.to_numpy(zero_copy_only=False).astype(np.int64))
+    return torch.index_select(vectors, 0, at, out=room_for(len(at), vectors.shape[1]))
 
 
 def embed_all(

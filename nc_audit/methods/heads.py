@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nc_audit.room import room_for
+
 
 class Dropout(nn.Module):
     """Dropout by one random byte an entry: the chance in 256ths, at a fifth of the cost of torch's on a processor.
@@ -109,7 +111,8 @@ def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 8_1
     """What a head makes of vectors or of some of them, a part at a time and into one tensor, [N, width]."""
     num = len(vectors_ND) if at is None else len(at)
     device = head.linear.weight.device
-    made = torch.empty(num, head.linear.out_features, device=device)
+    width = head.linear.out_features
+    made = room_for(num, width) if device.type == "cpu" else torch.empty(num, width, device=device)
     for start in range(0, num, part):
         chosen = slice(start, start + part)
         made[chosen] = head((vectors_ND[chosen] if at is None else vectors_ND[at[chosen]]).to(device))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nc_audit.room import room_for
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -24,7 +26,8 @@ class Projection:
         """The projected vectors, shape [N, K] (or [..., K]); the very tensor where nothing changes."""
         if self.is_identity:
             return vectors_ND
-        projected = vectors_ND.new_empty(*vectors_ND.shape[:-1], self.matrix.shape[1])
+        num, dim = vectors_ND.shape[:-1], self.matrix.shape[1]
+        projected = room_for(num.numel(), dim).to(vectors_ND).view(*num, dim)
         for part, made in zip(vectors_ND.split(65_536), projected.split(65_536), strict=True):
             made.copy_((part - self.mean) @ self.matrix)
         return projected
