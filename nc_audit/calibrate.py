@@ -333,8 +333,15 @@ def combine_held_out(
     return HeldOut(evidence, rate, calibrated(evidence, rate))
 
 
-def calibrated(evidence: Evidence, rate: NoiseRate) -> Evidence:
-    """Noise probability of given pairs and swaps, 0..1; one half throughout where the evidence is blind."""
+def calibrated(evidence: Evidence, rate: NoiseRate, *, levelled: bool = False) -> Evidence:
+    """Noise probability of given pairs and swaps, 0..1; one half throughout where the evidence is blind.
+
+    Args:
+        evidence: higher = noisier.
+        rate: by this evidence or, `levelled`, by other evidence on the same pairs; then the probabilities' mean is it.
+    """
     if rate.is_blind:
         return Evidence(torch.full_like(evidence.given_N, 0.5), torch.full_like(evidence.swaps_S, 0.5))
+    if levelled:
+        return evidence.levelled(rate.estimate)
     return evidence.posterior(rate.estimate, rate.swaps_right)

@@ -25,7 +25,7 @@ from nc_audit.calibrate import (
     rate_of_probabilities,
 )
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, carried_over, fused, right_by_chance, worth
+from nc_audit.methods.known_swaps import Evidence, fused, right_by_chance, worth
 from nc_audit.methods.matching import Pairs, positions
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
@@ -262,7 +262,8 @@ def judge(
         held = Evidence(given["loss"], swaps["loss"])
         if whole_images:
             # The captions of a wrong image teach each other, those of a planted one have their own pairs to
-            # contradict them: in sample the two differ, so the held-out look calibrates and the final heads only rank.
+            # contradict them: in sample the two differ a little, so the held-out look states the rate, and the swaps of
+            # the final heads only how it spreads over their scores.
             first = Evidence(given["first"], swaps["first"])
             distance = Evidence(given["distance"], swaps["distance"])
             evidence = by_image(
@@ -271,7 +272,7 @@ def judge(
                 swapped.image_N,
             )
             rate = held_out.rate
-            probability = carried_over(held_out.posterior.given_N, evidence.given_N).float()
+            probability = calibrated(evidence, rate, levelled=True).given_N
         else:
             evidence = fused(held, final, final, around.by_image, around.by_caption)
             if "zero_shot_loss" in given:

@@ -284,28 +284,6 @@ def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
     return means.repeat_interleave(torch.tensor([size for _, _, size in blocks]))
 
 
-def carried_over(probability_N: Tensor, score_N: Tensor, num_bins: int = 2048) -> Tensor:
-    """Probability as a non-decreasing function of a score: the isotonic regression of one on the other.
-
-    What one look at the pairs has calibrated is thus handed on to a better ranking of the same pairs.
-
-    Args:
-        probability_N: calibrated probability of each pair, shape [N], 0..1.
-        score_N: another score of the same pairs, higher = more likely, shape [N].
-        num_bins: the scores are first gathered into this many bins of equal count; equal scores share one.
-
-    Returns:
-        Shape [N], 0..1, with the mean of `probability_N`.
-    """
-    bins, num_bins = _bins_of(score_N.double(), num_bins)
-    counts = torch.bincount(bins, minlength=num_bins).double()
-    filled = counts > 0
-    mean = torch.bincount(bins, probability_N.double(), minlength=num_bins)[filled] / counts[filled]
-    fitted = torch.zeros(num_bins, dtype=torch.float64)
-    fitted[filled] = isotonic_fit(mean, counts[filled])
-    return fitted[bins].clamp(0.0, 1.0)
-
-
 def noise_posterior(
     score_N: Tensor, swap_score_S: Tensor, rate: float, swaps_right: float = 0.0, num_bins: int = 2048
 ) -> tuple[Tensor, Tensor]:
@@ -326,6 +304,52 @@ def noise_posterior(
         For the given pairs, shape [N], and for the swaps by the same rule, shape [S]: float64, 0..1,
         non-decreasing in the score. The given pairs' mean is near `rate`.
     """
+    given_N, swaps_S = density_ratio(score_N, swap_score_S, num_bins)
+    right = min(swaps_right, (1 - rate) / 2)
+    ratios = [given_N, swaps_S]
+    if right > 0:
+        ratios = [((1 - rate) * ratio - right) / (1 - rate - right) for ratio in ratios]
+    given_N, swaps_S = ((rate * ratio).clamp(0.0, 1.0) for ratio in ratios)
+    return given_N, swaps_S
+
+
+def levelled_posterior(
+    score_N: Tensor, swap_score_S: Tensor, mean: float, num_bins: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """Probability of each pair to be noise, of a given mean: the density ratio times what makes it so.
+
+    For scores whose swaps show the shape of noise, and a little too high or too low a level.
+
+    Args:
+        score_N: scores of the given pairs, higher = noisier, shape [N].
+        swap_score_S: scores of known swaps, shape [S].
+        mean: of the given pairs' probabilities, 0..1.
+        num_bins: see `noise_posterior`.
+
+    Returns:
+        As `noise_posterior`; the mean is lower where too few pairs score like any swap.
+    """
+    given_N, swaps_S = density_ratio(score_N, swap_score_S, num_bins)
+    low, high = 0.0, 1.0
+    while float((high * given_N).clamp_max(1.0).mean()) < mean and high < 1e6:
+        high *= 2
+    for _ in range(60):
+        level = (low + high) / 2
+        if float((level * given_N).clamp_max(1.0).mean()) < mean:
+            low = level
+        else:
+            high = level
+    level = low if mean == 0 else high
+    return (level * given_N).clamp_max(1.0), (level * swaps_S).clamp_max(1.0)
+
+
+def density_ratio(score_N: Tensor, swap_score_S: Tensor, num_bins: int = 2048) -> tuple[Tensor, Tensor]:
+    """Density of the swaps over that of the given pairs at each score, non-decreasing: see `noise_posterior`.
+
+    Returns:
+        For the given pairs, shape [N], and for the swaps, shape [S]: float64, 0 or more. Its mean over the given pairs
+        is near 1.
+    """
     pooled = torch.cat([score_N, swap_score_S]).double()
     bins, num_bins = _bins_of(pooled, num_bins)
     is_swap = torch.zeros(len(pooled), dtype=torch.float64)
@@ -337,11 +361,7 @@ def noise_posterior(
     fitted[filled] = isotonic_fit(share, counts[filled])
     h = fitted[bins].clamp(0.0, 1 - 1e-9)
     ratio = h / (1 - h) * len(score_N) / len(swap_score_S)
-    right = min(swaps_right, (1 - rate) / 2)
-    if right > 0:
-        ratio = ((1 - rate) * ratio - right) / (1 - rate - right)
-    posterior = (rate * ratio).clamp(0.0, 1.0)
-    return posterior[: len(score_N)], posterior[len(score_N) :]
+    return ratio[: len(score_N)], ratio[len(score_N) :]
 
 
 def _bins_of(values: Tensor, num_bins: int) -> tuple[Tensor, int]:
@@ -411,6 +431,11 @@ class Evidence:
     def posterior(self, rate: float, swaps_right: float = 0.0) -> Evidence:
         """Noise probability of given pairs and swaps, float32, 0..1."""
         given, swaps = noise_posterior(self.given_N, self.swaps_S, rate, swaps_right)
+        return Evidence(given.float(), swaps.float())
+
+    def levelled(self, mean: float) -> Evidence:
+        """Noise probability of given pairs, of this mean, and of swaps by the same rule, float32, 0..1."""
+        given, swaps = levelled_posterior(self.given_N, self.swaps_S, mean)
         return Evidence(given.float(), swaps.float())
 
 

@@ -14,12 +14,14 @@ from sklearn.metrics import roc_auc_score
 
 from nc_audit.methods.known_swaps import (
     Evidence,
+    density_ratio,
     draw_image_swaps,
     draw_swaps,
     expected_auroc,
     fused,
     intra_image_correlation,
     isotonic_fit,
+    levelled_posterior,
     noise_posterior,
     noise_rate,
     right_by_chance,
@@ -310,6 +312,31 @@ def test_posterior_is_calibrated_where_some_swaps_are_right(rate):
     off = [(noisy[one > 0.9].float().mean() - one[one > 0.9].mean()).abs() for one in (told, untold)]
     assert off[0] < 0.015
     assert off[1] > 0.03
+
+
+@given(strategies.scores(), strategies.scores(), st.sampled_from([0.0, 0.05, 0.4, 0.9, 1.0]))
+def test_levelled_posterior_rises_with_the_score_and_has_the_mean_where_scores_allow(score, swaps, mean):
+    given_pairs, of_swaps = levelled_posterior(score, swaps, mean)
+    both, values = torch.cat([given_pairs, of_swaps]), torch.cat([score, swaps])
+    assert (both[values.argsort(stable=True)].diff() >= 0).all()
+    assert ((both >= 0) & (both <= 1)).all()
+    attainable = (density_ratio(score, swaps)[0] > 0).double().mean().item()
+    assert given_pairs.mean().item() == pytest.approx(min(mean, attainable), abs=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
+def test_levelled_posterior_is_calibrated_where_swaps_score_a_little_too_high(rate):
+    score, swaps = mixture(rate, 4, gap=2.0)
+    noisy = torch.arange(len(score)) < rate * len(score)
+
+    def error(posterior):
+        bins = (posterior * 10).long().clamp_max(9)
+        inside = torch.bincount(bins, (noisy.double() - posterior), minlength=10)
+        return inside.abs().sum().item() / len(score)
+
+    levelled, plain = (error(f(score, swaps + 0.3, rate)[0]) for f in (levelled_posterior, noise_posterior))
+    assert levelled < 0.05
+    assert levelled < plain
 
 
 @given(strategies.scores(min_size=2), strategies.scores(min_size=2), rates, strategies.seeds)
