@@ -75,6 +75,17 @@ class NoiseRate:
         estimate, low, high = (min(1.0, max(0.0, one + by)) for one in (self.estimate, self.low, self.high))
         return replace(self, estimate=estimate, low=low, high=high)
 
+    def expecting(self, auroc: float) -> NoiseRate:
+        """The same with a second estimate of the AUROC, by the probabilities, counted by the noise rate.
+
+        The first, by the known swaps, errs with the rate as 1 / (1 - rate); the second knows nothing where little is
+        noisy.
+        """
+        if math.isnan(self.expected_auroc) or math.isnan(auroc):
+            return self
+        share = self.estimate
+        return replace(self, expected_auroc=(1 - share) * self.expected_auroc + share * auroc)
+
     @property
     def is_weak(self) -> bool:
         """Whether the expected AUROC is below what a user should rely on; unknown, so False, without calibration."""

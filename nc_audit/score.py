@@ -25,7 +25,13 @@ from nc_audit.calibrate import (
     rate_of_probabilities,
 )
 from nc_audit.errors import ShapeError
-from nc_audit.methods.known_swaps import Evidence, fused, right_by_chance, worth
+from nc_audit.methods.known_swaps import (
+    Evidence,
+    auroc_of_probabilities,
+    fused,
+    right_by_chance,
+    worth,
+)
 from nc_audit.methods.matching import Pairs, positions
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
@@ -288,6 +294,7 @@ def judge(
             )
             probability = calibrated(evidence, rate).given_N
         score = evidence.standardised().given_N
+        rate = rate.expecting(auroc_of_probabilities(probability, score))
     return rate, {
         "noise_score": score,
         "noise_probability": probability,

@@ -200,6 +200,14 @@ def test_few_decisions_change_little_and_none_change_nothing():
     assert kept[2] > 0.5
 
 
+def test_a_second_estimate_of_the_auroc_counts_by_the_noise_rate():
+    rate = NoiseRate(0.25, 0.2, 0.3, 0.9, 0.9, is_blind=False)
+    assert rate.expecting(0.98).expected_auroc == pytest.approx(0.92)
+    assert rate.expecting(float("nan")) == rate
+    nothing = NoiseRate(1.0, 0.99, 1.0, 0.9, float("nan"), is_blind=False)
+    assert math.isnan(nothing.expecting(0.9).expected_auroc)
+
+
 def test_a_moved_rate_stays_within_bounds_and_a_blind_one_stays():
     rate = NoiseRate(0.2, 0.1, 0.3, 0.9, 0.95, is_blind=False)
     assert [rate.moved(0.1).estimate, rate.moved(-0.5).low] == [pytest.approx(0.3), 0.0]

@@ -258,6 +258,28 @@ def expected_auroc(separation: float, rate: float, swaps_right: float = 0.0) -> 
     return min(1.0, max(0.0, (separation - rate / 2 - swaps_right / 2) / (1 - rate - swaps_right)))
 
 
+def auroc_of_probabilities(probability_N: Tensor, score_N: Tensor) -> float:
+    """AUROC of a score, were each pair noise with its probability: 0..1.
+
+    The chance that a noisy pair scores above a right one, both drawn by their probabilities, ties counting half.
+
+    Args:
+        probability_N: noise probability of each pair, shape [N], 0..1.
+        score_N: higher = noisier, shape [N].
+
+    Returns:
+        Not a number where all pairs are surely right or all surely noise.
+    """
+    values, group_N = score_N.unique(return_inverse=True)
+    noise, right = (
+        torch.zeros(len(values), dtype=torch.float64).index_add_(0, group_N, share.double())
+        for share in (probability_N, 1 - probability_N)
+    )
+    below = right.cumsum(0) - right / 2
+    total = noise.sum() * right.sum()
+    return float((noise * below).sum() / total) if total > 0 else float("nan")
+
+
 def isotonic_fit(values: Tensor, weights: Tensor) -> Tensor:
     """Non-decreasing least-squares fit of values in their given order, by pooling adjacent violators.
 

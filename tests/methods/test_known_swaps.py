@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from nc_audit.methods.known_swaps import (
     Evidence,
+    auroc_of_probabilities,
     density_ratio,
     draw_image_swaps,
     draw_swaps,
@@ -200,6 +201,28 @@ def test_expected_auroc_is_near_the_one_that_labels_would_give(rate):
     )
     # The sampling error of the separation is divided by 1 - rate.
     assert expected_auroc(swaps_auroc(score, swaps), rate) == pytest.approx(labelled, abs=0.006 / (1 - rate))
+
+
+@given(strategies.scores(min_size=2, max_size=20), strategies.seeds)
+def test_auroc_of_probabilities_equals_the_oracle(score, seed):
+    probability = torch.rand(len(score), generator=generator(seed))
+    p, s = probability.tolist(), score.tolist()
+    chance = [
+        (p[i] * (1 - p[k]), 1.0 if s[i] > s[k] else 0.5 if s[i] == s[k] else 0.0)
+        for i in range(len(p))
+        for k in range(len(p))
+    ]
+    expected = sum(w * won for w, won in chance) / sum(w for w, _ in chance)
+    assert auroc_of_probabilities(probability, score) == pytest.approx(expected, abs=1e-5)
+
+
+def test_auroc_of_certain_probabilities_is_that_of_labels():
+    score, _ = mixture(0.3, 0, num=2000, gap=1.5)
+    noisy = torch.arange(2000) < 600
+    assert auroc_of_probabilities(noisy.float(), score) == pytest.approx(
+        roc_auc_score(noisy, score), abs=1e-6
+    )
+    assert math.isnan(auroc_of_probabilities(torch.zeros(5), torch.arange(5.0)))
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
