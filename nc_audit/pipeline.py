@@ -601,13 +601,13 @@ class _Audit:
     def _findings(self, scores: pa.Table, image: Tensor, caption: Tensor) -> tuple[pa.Table, list[str]]:
         """The `findings` table, and which searches were capped."""
         from nc_audit.dataset import decode_image
-        from nc_audit.findings import Vectors, dhash, find_all
+        from nc_audit.findings import HASH_SIZE, Vectors, dhash, find_all
 
         folded, pairs = self.folded, self.run.table("pairs")
 
         def read_hash(index: int) -> int | None:
             try:
-                return dhash(decode_image(self.images.read(folded.image_uris[index])))
+                return dhash(decode_image(self.images.read(folded.image_uris[index]), HASH_SIZE))
             except (AuditError, OSError):
                 return None
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nc_audit import findings
-from nc_audit.findings import Found, Vectors, dhash, find_all, script_of
+from nc_audit.findings import Found, Vectors, dhash, find_all, near, script_of
+from nc_audit.findings.displaced import best_of_each_other
 from nc_audit.schema import FINDING_KINDS, PAIRS, check_table
 from nc_audit.tag import Thresholds, tag_scores
 
@@ -289,18 +289,16 @@ def test_the_hash_survives_rescaling_and_tells_mirror_images_apart() -> None:
 
 
 def test_capped_searches_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nc_audit.findings.WHOLE_SEARCH", 100)
-    monkeypatch.setattr("nc_audit.findings.WINDOW", 8)
+    monkeypatch.setattr(near, "WHOLE_SEARCH", 100)
+    monkeypatch.setattr(near, "CELL", 40)
     case = Case()
     case.image_embedding[10] = case.image_embedding[3]
     case.hashes[10] = case.hashes[3]
     found = Found()
-    from nc_audit.findings import near_duplicates
-
     read: Callable[[int], int | None] = case.hashes.get
-    assert near_duplicates(case.image_embedding, read, found) == [(3, 10)]
+    assert near.near_duplicates(case.image_embedding, read, found) == [(3, 10)]
     assert found.capped == [
-        "near-duplicate images: 400 images, each compared with the 16 most alike along one direction"
+        "near-duplicate images: 400 images, each compared with those of the 3 cells that it is next to"
     ]
 
 
@@ -334,15 +332,17 @@ def test_tags_take_reasons_and_rematches_from_the_findings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hashed", "proposed", "few"),
-    [(1000, 10_000, 50), (12, 10_000, 50), (1000, 30, 50), (0, 10_000, 50), (1000, 10_000, 0), (1000, 30, 0)],
+    ("hashed", "proposed", "dense"),
+    [(1000, 10_000, 1), (12, 10_000, 1), (1000, 30, 1), (0, 10_000, 1), (1000, 10_000, 0), (1000, 30, 0)],
 )
-def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed, few):
+def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed, dense):
     """An encoder that sees little proposes most pairs; the closest are compared, up to the limits."""
-    monkeypatch.setattr(findings, "HASHED", hashed)
-    monkeypatch.setattr(findings, "_PROPOSED", proposed)
-    monkeypatch.setattr(findings, "_AT_ONCE", 7)
-    monkeypatch.setattr(findings, "_FEW", few)
+    monkeypatch.setattr(near, "HASHED", hashed)
+    monkeypatch.setattr(near, "HASHED_SHARE", 0)
+    monkeypatch.setattr(near, "_PROPOSED", proposed)
+    monkeypatch.setattr(near, "_AT_ONCE", 7)
+    monkeypatch.setattr(near, "_TILE", (6, 9))
+    monkeypatch.setattr(near, "_DENSE", dense)
     draw = np.random.default_rng(3)
     vectors = draw.normal(size=(40, 6)).astype(np.float32)
     vectors[:30] = vectors[:3].repeat(10, 0) + 0.1 * draw.normal(size=(30, 6)).astype(np.float32)
@@ -358,16 +358,51 @@ def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed,
         (-float(centred[a] @ centred[b]), a, b)
         for a in range(40)
         for b in range(a + 1, 40)
-        if centred[a] @ centred[b] >= findings.NEAR_COSINE
+        if centred[a] @ centred[b] >= near.NEAR_COSINE
     )
     expected, seen = [], set()
     for _, a, b in close[:proposed]:
         if len(seen | {a, b}) > hashed:
             break
         seen |= {a, b}
-        if None not in (read(a), read(b)) and (hashes[a] ^ hashes[b]).bit_count() <= findings.NEAR_BITS:
+        if None not in (read(a), read(b)) and (hashes[a] ^ hashes[b]).bit_count() <= near.NEAR_BITS:
             expected.append((a, b))
     found = Found()
-    assert findings.near_duplicates(vectors, read, found) == sorted(expected)
+    assert near.near_duplicates(vectors, read, found) == sorted(expected)
     assert len(close) > 100
     assert len(found.capped) == (hashed < 40) + (proposed < 100)
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_cells_find_what_a_search_of_all_finds_each_pair_once(monkeypatch, dense):
+    """Near-duplicates among 3,000 images of 40 kinds, sought in 30 cells of which each image is in three."""
+    monkeypatch.setattr(near, "_DENSE", dense)
+    draw = np.random.default_rng(5)
+    kinds = draw.normal(size=(40, 48))[draw.integers(0, 40, 3000)]
+    vectors = (kinds + draw.normal(size=(3000, 48))).astype(np.float32)
+    vectors[2000:2400] = vectors[:400] + 0.3 * draw.normal(size=(400, 48))
+    whole = np.stack(near._closest(near._Centred.of(vectors), Found()), 1)
+    monkeypatch.setattr(near, "WHOLE_SEARCH", 1000)
+    monkeypatch.setattr(near, "CELL", 100)
+    found = Found()
+    by_cells = np.stack(near._closest(near._Centred.of(vectors), found), 1)
+    assert len(found.capped) == 1
+    assert len(whole) >= 400
+    among_all, seen = {tuple(pair) for pair in whole.tolist()}, [tuple(pair) for pair in by_cells.tolist()]
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= among_all
+    assert len(seen) >= 0.95 * len(among_all)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 5))
+def test_the_best_of_each_other_against_the_whole_table(num_images, num_captions, seed):
+    """Few distinct vectors, so that there are ties: the first of equally close ones counts, across tiles as within."""
+    draw = np.random.default_rng(seed)
+    image, caption = (unit(np.eye(3)[draw.integers(0, 3, num)]) for num in (num_images, num_captions))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nc_audit.findings.displaced._TILE", (4, 7))
+        best_caption, value, best_image = best_of_each_other(image, caption)
+    table = image @ caption.T
+    assert best_caption.tolist() == table.argmax(1).tolist()
+    assert best_image.tolist() == table.argmax(0).tolist()
+    np.testing.assert_array_equal(value, table.max(1))

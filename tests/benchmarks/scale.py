@@ -1,9 +1,10 @@
-"""Train and score many pairs on synthetic embeddings: seconds, seconds per 100,000 pairs, peak memory.
+"""Train, score and search many pairs on synthetic embeddings: seconds, seconds per 100,000 pairs, peak memory.
 
     python tests/benchmarks/scale.py [--pairs 100000,1000000] [--dims 512] [--per-image 5] [--noise 0.2] [--device auto]
 
 Images and captions share 64 latent directions in `--dims` dimensions; a share of the captions is moved elsewhere.
-Each size runs in a process of its own, so that its peak memory is its own. Embedding is not part of it.
+One image in a hundred is a near-copy of another. Each size runs in a process of its own, so that its peak memory is
+its own. Embedding, and decoding near-copies for their hashes, are not part of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import time
 
 
 def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str) -> dict[str, float | str]:
-    """One size: seconds of training, judging and looking around, peak memory in GB, and how well noise is found."""
+    """One size: seconds of each part, peak memory in GB, and how well noise, near-copies and re-matches are found."""
+    import numpy as np
+    import pyarrow as pa
     import torch
 
     from nc_audit.encoders.weights import choose_device, choose_precision
+    from nc_audit.findings import Vectors, find_all
     from nc_audit.methods.known_swaps import swaps_auroc
     from nc_audit.methods.matching import Pairs
     from nc_audit.recipe import ScoreSection, TrainSection
+    from nc_audit.schema import PAIRS
     from nc_audit.score import judge, look_around
     from nc_audit.train import Inputs, train
 
@@ -42,6 +47,8 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         return made
 
     image, caption = seen(torch.arange(num_images)), seen(true_image)
+    copy = torch.randperm(num_images, generator=generator)[: num_images // 100 * 2].view(2, -1)
+    image[copy[1]] = image[copy[0]] + 2 * torch.randn(copy.shape[1], dims, generator=generator)
     moved = torch.arange(num_pairs)
     chosen = torch.randperm(num_pairs, generator=generator)[: int(noise * num_pairs)]
     moved[chosen] = chosen[torch.randperm(len(chosen), generator=generator)]
@@ -61,18 +68,57 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         rate, columns = judge(judgement.given, judgement.swaps, *vectors, pairs, scoring, 0)
         judged = time.perf_counter()
         look_around(*vectors, pairs, scoring, 0)
+    looked = time.perf_counter()
+    score, rows = columns["noise_score"], list(range(num_pairs))
+    known = {
+        "row": rows,
+        "pair_id": [str(row) for row in rows],
+        "image": [str(one) for one in pairs.image_N.tolist()],
+    }
+    known |= {"caption": [f"a picture of thing {row}" for row in rows], "source": ["c"] * num_pairs}
+    table = pa.table({one.name: pa.array(known.get(one.name, [None] * num_pairs), one.type) for one in PAIRS})
+    del known, rows
+    told = time.perf_counter()
+    found = find_all(
+        table,
+        Vectors(
+            pairs.image_N.numpy(),
+            pairs.caption_N.numpy(),
+            image.numpy(),
+            vectors[0].cpu().numpy(),
+            vectors[1].cpu().numpy(),
+            columns["noise_probability"].double().numpy(),
+        ),
+        np.ones(num_pairs, np.int64),
+        lambda image: 0,
+    )
     done = time.perf_counter()
-    score = columns["noise_score"]
+    shown, belongs = pairs.image_N.tolist(), true_image.tolist()
+    near = {
+        frozenset((shown[row], shown[partner]))
+        for row, kind, partner, *_ in found.rows
+        if kind == "near_duplicate_image" and partner is not None
+    }
+    copies = {frozenset(pair) for pair in copy.T.tolist()}
+    matched = [
+        belongs[partner] == shown[row]
+        for row, kind, partner, *_ in found.rows
+        if kind == "rematch" and partner is not None
+    ]
     return {
         "pairs": num_pairs,
         "device": device,
         "precision": precision,
         "train_s": trained - start,
         "judge_s": judged - trained,
-        "look_around_s": done - judged,
-        "s_per_100k": (done - start) / num_pairs * 1e5,
+        "look_around_s": looked - judged,
+        "find_s": done - told,
+        "s_per_100k": (done - told + looked - start) / num_pairs * 1e5,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "auroc": swaps_auroc(score[~wrong], score[wrong]),
+        "near_copies_found": len(near & copies) / len(copies),
+        "rematches": len(matched),
+        "rematches_right": sum(matched) / max(1, len(matched)),
         "rate": rate.estimate,
         "true_rate": float(wrong.double().mean()),
     }

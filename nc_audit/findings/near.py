@@ -1,0 +1,236 @@
+"""Images that look the same: the closest embeddings propose, a hash of the picture confirms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nc_audit.findings.found import Found
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+WHOLE_SEARCH = 200_000
+"""Up to so many images are compared all with all; beyond, each with those of its `CELLS` cells."""
+CELL = 10_000  # images whose closest centre a cell's is, on average
+CELLS = 3  # that an image is in
+NEAR_COSINE = 0.9  # of centred embeddings; the hash decides
+NEAR_BITS = 26  # of 256
+HASHED = 4_000  # images decoded for their hash, at most, or this share of them:
+HASHED_SHARE = 0.25
+HASH_SIZE = (272, 256)  # pixels: a picture may be decoded smaller than it is, but not below this
+_DECODERS = 4
+_HASH_BYTES = 32
+_PROPOSED = 1_000_000  # pairs of near-identical embeddings kept, at most
+_AT_ONCE = 1 << 16  # pairs compared at once
+_TILE = (512, 4_096)  # images compared with images at once
+_DENSE = 0.01  # share of a tile's pairs close after projection, above which their cosines are not computed one by one
+_PROJECTED = 32
+_SLACK = 0.15  # the projection errs by about (1 - cosine^2) / sqrt(32)
+
+
+def dhash(image: Image) -> int:
+    """Difference hash of an image: 256 bits, one for each step to the right that gets brighter, 16 rows of 17 cells."""
+    grey = np.asarray(image.convert("L").resize((17, 16), 4), dtype=np.int16)  # 4 = box: means of cells
+    bits = np.packbits((grey[:, 1:] > grey[:, :-1]).ravel())
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+def near_duplicates(
+    embedding_ID: np.ndarray, read_hash: Callable[[int], int | None], found: Found
+) -> list[tuple[int, int]]:
+    """Pairs of distinct images that look the same: near-identical embeddings, confirmed by their hashes.
+
+    A random projection to 32 dimensions proposes, the whole embedding and the hash decide. Memory beyond the
+    embeddings is the projections and what they propose.
+
+    Args:
+        embedding_ID: what tells images apart, shape [I, D].
+        read_hash: `dhash` of an image by its index, None where it cannot be read; asked by several threads.
+        found: where searches that were capped are noted.
+
+    Returns:
+        Index pairs, the smaller first, sorted.
+    """
+    num = len(embedding_ID)
+    if num < 2:
+        return []
+    left, right = _closest(_Centred.of(embedding_ID), found)
+    if not len(left):
+        return []
+    # Images in the order in which the pairs, the closest first, ask for them.
+    asked, first = np.unique(np.stack([left, right], 1), return_index=True)
+    num_asked = np.bincount(first // 2, minlength=len(left)).cumsum()
+    most = max(HASHED, int(HASHED_SHARE * num))
+    within = num_asked <= most
+    if not within.all():
+        found.capped.append(f"near-duplicate images: the closest {most:,} images were compared by hash")
+        left, right = left[within], right[within]
+        asked = np.unique(np.stack([left, right], 1))
+    hashes = np.zeros((num, _HASH_BYTES), np.uint8)
+    is_read = np.zeros(num, bool)
+    with ThreadPoolExecutor(_DECODERS) as threads:
+        for one, seen in zip(asked.tolist(), threads.map(read_hash, asked.tolist()), strict=True):
+            if seen is not None:
+                hashes[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
+                is_read[one] = True
+    confirmed: list[tuple[int, int]] = []
+    for start in range(0, len(left), _AT_ONCE):
+        some, others = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
+        differing = np.bitwise_count(hashes[some] ^ hashes[others]).sum(1, dtype=np.int64)
+        alike = is_read[some] & is_read[others] & (differing <= NEAR_BITS)
+        confirmed += zip(some[alike].tolist(), others[alike].tolist(), strict=True)
+    return sorted(confirmed)
+
+
+def _closest(vectors: _Centred, found: Found) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, the smaller first, of all pairs with near-identical embeddings, the closest first.
+
+    Of very many, as an encoder proposes that sees little, the closest are kept.
+    """
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    num_kept, least, is_capped = 0, NEAR_COSINE, False
+    for alike, one, other in _close(vectors, found):
+        near = alike >= least
+        kept.append((alike[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near])))
+        num_kept += len(kept[-1][0])
+        if num_kept > 2 * _PROPOSED:
+            cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
+            least, is_capped = np.partition(cosine, -_PROPOSED)[-_PROPOSED], True
+            near = cosine >= least
+            kept, num_kept = [(cosine[near], left[near], right[near])], int(near.sum())
+    if not kept:
+        nothing = np.zeros(0, np.int64)
+        return nothing, nothing
+    if is_capped or num_kept > _PROPOSED:
+        found.capped.append(
+            f"near-duplicate images: more than {_PROPOSED:,} pairs look alike to the encoder; the closest were compared"
+        )
+    cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
+    order = np.lexsort((right, left, -cosine))[:_PROPOSED]
+    return left[order], right[order]
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Embeddings minus their mean, of length one, worked out as they are asked for; and their projections.
+
+    Attributes:
+        embedding_ID: as given.
+        mean_D: their mean.
+        length_I: their distances from it.
+        small_IP: projections of the centred ones, of length one, P = 32.
+    """
+
+    embedding_ID: np.ndarray
+    mean_D: np.ndarray
+    length_I: np.ndarray
+    small_IP: Tensor
+
+    @classmethod
+    def of(cls, embedding_ID: np.ndarray) -> _Centred:
+        """Those of some embeddings, a part at a time."""
+        import torch
+
+        num, dims = embedding_ID.shape
+        parts = range(0, num, _AT_ONCE)
+        mean = sum(embedding_ID[at : at + _AT_ONCE].sum(0, dtype=np.float64) for at in parts) / num
+        draw = np.random.default_rng(0).normal(size=(dims, _PROJECTED)).astype(np.float32)
+        one = cls(
+            embedding_ID, mean.astype(np.float32), np.ones(num, np.float32), torch.empty(num, _PROJECTED)
+        )
+        for at in parts:
+            some = one.rows(slice(at, at + _AT_ONCE))
+            one.length_I[at : at + _AT_ONCE] = np.maximum(np.linalg.norm(some, axis=1), 1e-9)
+            small = torch.from_numpy(some @ draw)
+            one.small_IP[at : at + _AT_ONCE] = small / small.norm(dim=1, keepdim=True).clamp_min(1e-9)
+        return one
+
+    def rows(self, at: np.ndarray | slice) -> np.ndarray:
+        """Some of the centred embeddings, shape [len(at), D]."""
+        return (self.embedding_ID[at] - self.mean_D) / self.length_I[at][:, None]
+
+
+def _close(vectors: _Centred, found: Found) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cosines and indices of pairs of images with near-identical embeddings, a part at a time; each pair once."""
+    num = len(vectors.embedding_ID)
+    if num <= WHOLE_SEARCH:
+        yield from _close_within(vectors, np.arange(num))
+        return
+    found.capped.append(
+        f"near-duplicate images: {num:,} images, each compared with those of the {CELLS} cells that it is next to"
+    )
+    cells, members = _cells(vectors.small_IP)
+    for cell, some in enumerate(members):
+        for cosine, left, right in _close_within(vectors, some):
+            # a pair that shares several cells counts in the first
+            shared = np.where(
+                (cells[left][:, :, None] == cells[right][:, None, :]).any(2), cells[left], len(members)
+            )
+            first = shared.min(1) == cell
+            yield cosine[first], left[first], right[first]
+
+
+def _cells(small_IP: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The cells of each image, those of the centres it is closest to, shape [I, CELLS]; and the images of each cell.
+
+    Centres are images drawn at random.
+    """
+    import torch
+
+    num = len(small_IP)
+    num_cells = max(CELLS, num // CELL)
+    chosen = torch.from_numpy(np.random.default_rng(0).choice(num, num_cells, replace=False))
+    centres = small_IP[chosen].T.contiguous()
+    cells = torch.cat([(part @ centres).topk(CELLS).indices for part in small_IP.split(_AT_ONCE)]).numpy()
+    order = cells.ravel().argsort(kind="stable")
+    borders = np.searchsorted(cells.ravel()[order], np.arange(num_cells + 1))
+    return cells, [order[low:high] // CELLS for low, high in pairwise(borders.tolist())]
+
+
+def _close_within(
+    vectors: _Centred, index: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """As `_close`, of all pairs among some images; `index` ascends."""
+    import torch
+
+    limit = NEAR_COSINE - _SLACK
+    is_all = len(index) == len(vectors.small_IP)
+    small = vectors.small_IP if is_all else vectors.small_IP[torch.from_numpy(index)]
+    rows_at_once, columns_at_once = _TILE
+    cosines = torch.empty(_TILE)
+    for start in range(0, len(index), rows_at_once):
+        mine = small[start : start + rows_at_once]
+        whole: np.ndarray | None = None
+        for begin in range(start, len(index), columns_at_once):
+            theirs = small[begin : begin + columns_at_once]
+            # torch lays the product out anew where the tile is not whole
+            cosine = (
+                torch.mm(mine, theirs.T, out=cosines)
+                if (len(mine), len(theirs)) == _TILE
+                else mine @ theirs.T
+            )
+            hot = (cosine.amax(1) >= limit).nonzero()[:, 0]
+            if not len(hot):
+                continue
+            at_row, at_column = (one.numpy() for one in (cosine[hot] >= limit).nonzero(as_tuple=True))
+            left, right = hot.numpy()[at_row] + start, at_column + begin
+            left, right = index[left[right > left]], index[right[right > left]]
+            if len(left) > _DENSE * len(mine) * len(theirs):
+                if whole is None:
+                    whole = vectors.rows(index[start : start + rows_at_once])
+                exact = whole @ vectors.rows(index[begin : begin + columns_at_once]).T
+                at_row, at_column = np.nonzero(exact >= NEAR_COSINE)
+                later = at_column + begin > at_row + start
+                at_row, at_column = at_row[later], at_column[later]
+                yield exact[at_row, at_column], index[at_row + start], index[at_column + begin]
+                continue
+            for some in range(0, len(left), _AT_ONCE):
+                a, b = left[some : some + _AT_ONCE], right[some : some + _AT_ONCE]
+                yield np.einsum("nd,nd->n", vectors.rows(a), vectors.rows(b)), a, b
