@@ -19,17 +19,13 @@ from nc_audit.methods.known_swaps import (
     swaps_auroc,
     tail_shares,
 )
+from nc_audit.methods.tail_rates import RATE_TAILS, rates_by_two_rules
 
 WEAK_AUROC = 0.85
 IMAGE_MODE_CORRELATION = 0.5
 IMAGE_MODE_MIN_RATE = 0.03
-RATE_TAILS = tuple(round(0.10 + 0.05 * step, 2) for step in range(17))
-_LEAK_POWERS = (
-    (6, 0.0),
-    (3, 4.0),
-    (1.5, 8.0),
-)  # with what each must fit better by than the one before, chi-square
 _CLUSTERING = 1.25
+_RULES = (2 / 3, 1 / 3)  # how much each of `rates_by_two_rules` counts
 
 
 def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
@@ -113,7 +109,9 @@ def noise_rate(
     """Noise rate with a bootstrap interval over images.
 
     Every upper tail of the swaps' scores gives an estimate: the given pairs' share of it by the swaps'. Wide tails
-    vary less, but clean pairs reach into them; `pure_rate` fits both at once.
+    vary less, but clean pairs reach into them; two rules of how far (`rates_by_two_rules`) are fitted to all of them.
+    Where the evidence is strong, the rules agree. Their weighted mean counts, and half their difference widens the
+    interval.
 
     Args:
         evidence: one quantity on given pairs and swaps, higher = noisier.
@@ -142,23 +140,25 @@ def noise_rate(
         times_I = torch.bincount(at, minlength=len(sums[0][0])).double()
         for one, (given, swaps) in zip(drawn, sums, strict=True):
             one.append(_tail_rates(given, swaps, times_I))
-    estimates, draws = [], []
-    for point_Q, some in zip(points, drawn, strict=True):
-        found = pure_rate(point_Q, torch.stack(some))
-        # The tails give r / (1 - e), and of the swaps e = r c are right.
-        found = found / (1 + right_by_chance * found)
-        estimates.append(float(found[0]))
-        draws.append(found[1:])
-    estimate = sum(estimates) / len(estimates)
-    bounds = (
-        torch.stack(draws)
-        .mean(0)
-        .quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    # by look, rule and draw, the point first
+    found = torch.stack(
+        [rates_by_two_rules(point_Q, torch.stack(some)) for point_Q, some in zip(points, drawn, strict=True)]
     )
-    apart = (max(estimates) - min(estimates)) / 2
-    # Captions recur over images, and looks differ: a bootstrap over images sees neither.
-    low = max(0.0, estimate - math.hypot(_CLUSTERING * max(0.0, estimate - float(bounds[0])), apart))
-    high = min(1.0, estimate + math.hypot(_CLUSTERING * max(0.0, float(bounds[1]) - estimate), apart))
+    # The tails give r / (1 - e), and of the swaps e = r c are right.
+    found = found / (1 + right_by_chance * found)
+    together = (torch.tensor(_RULES, dtype=torch.float64)[:, None] * found).sum(1)
+    estimate = float(together[:, 0].mean())
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    bounds = together[:, 1:].mean(0).quantile(quantiles)
+    # Captions recur over images, and looks and rules differ: a bootstrap over images sees none of it.
+    looks_apart, rules_apart = (
+        float(one.max() - one.min()) / 2 for one in (together[:, 0], found[:, :, 0].mean(0))
+    )
+    low, high = (
+        math.hypot(_CLUSTERING * max(0.0, far), looks_apart, rules_apart)
+        for far in (estimate - float(bounds[0]), float(bounds[1]) - estimate)
+    )
+    low, high = max(0.0, estimate - low), min(1.0, estimate + high)
     num_given, num_swaps = len(evidence.given_N), len(evidence.swaps_S)
     chance_spread = math.sqrt((num_given + num_swaps + 1) / (12 * num_given * num_swaps))
     separation = swaps_auroc(evidence.given_N, evidence.swaps_S)
@@ -187,48 +187,6 @@ def _tail_rates(given_IQ: Tensor, swaps_IQ: Tensor, times_I: Tensor) -> Tensor:
     given, swaps = times_I @ given_IQ, times_I @ swaps_IQ
     floor = 1 / float(swaps_IQ[:, -1].sum().clamp_min(1))
     return (given[:-1] / given[-1]) / (swaps[:-1] / swaps[-1].clamp_min(1)).clamp_min(floor)
-
-
-def pure_rate(point_Q: Tensor, draw_BQ: Tensor) -> Tensor:
-    """Noise rate free of the clean pairs that reach into the tails.
-
-    A tail that holds the share q of the swaps estimates r + c(q), the second term being the clean pairs in it, which
-    dies off towards narrow tails. Fitting r + a q^k over all tails, a >= 0, uses the wide tails, which vary least,
-    without their bias. Powers k are fitted by generalised least squares and averaged by likelihood; good evidence dies
-    off steeply, so lower powers must fit clearly better to count.
-
-    Args:
-        point_Q: estimate by each of `RATE_TAILS`, shape [Q].
-        draw_BQ: the same in bootstrap draws, shape [B, Q]; their covariance weighs the tails.
-
-    Returns:
-        The rate, 0..1, of the point and of each draw by the same fit, shape [1 + B].
-    """
-    tail_Q = torch.tensor(RATE_TAILS, dtype=torch.float64)
-    covariance = torch.cov(draw_BQ.T)
-    variance = covariance.diagonal()
-    # Half way to its diagonal: a covariance of nearly equal tails, inverted as it stands, weighs their differences.
-    covariance = (covariance + torch.diag(variance)) / 2
-    covariance = covariance + (1e-6 + 1e-3 * variance.mean()) * torch.eye(len(tail_Q), dtype=torch.float64)
-    precision = torch.linalg.inv(covariance)
-    estimates = torch.cat([point_Q[None], draw_BQ])
-
-    def fit(design_QK: Tensor) -> tuple[Tensor, Tensor]:
-        solve = torch.linalg.solve(design_QK.T @ precision @ design_QK, design_QK.T @ precision)
-        coefficients = estimates @ solve.T
-        residual = estimates - coefficients @ design_QK.T
-        return coefficients, ((residual @ precision) * residual).sum(1)
-
-    flat = torch.ones_like(tail_Q)[:, None]
-    level, misfit = fit(flat)
-    rates, misfits = [], []
-    for power, penalty in _LEAK_POWERS:
-        leaking, other = fit(torch.cat([flat, tail_Q[:, None] ** power], 1))
-        impossible = leaking[:, 1] < 0
-        rates.append(torch.where(impossible, level[:, 0], leaking[:, 0]))
-        misfits.append(torch.where(impossible, misfit, other)[0] + penalty)
-    weight = torch.softmax(-torch.stack(misfits) / 2, 0)
-    return (weight[:, None] * torch.stack(rates)).sum(0).clamp(0.0, 1.0)
 
 
 def corrected_by_people(probability_N: Tensor, known_K: Tensor, is_noise_K: Tensor) -> Tensor:
