@@ -13,14 +13,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nc_audit import __version__
-from nc_audit.errors import AuditError, DatasetError
+from nc_audit.errors import AuditError, DatasetError, RecipeError, nearest
 
 app = typer.Typer(
     name="nc-audit",
@@ -92,6 +92,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="section.key=value", help="Override a setting; repeatable."),
 ]
 
+_ENGINES = ("local", "ray")
 EXIT_GATE, EXIT_FIXABLE, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 1, 2, 70, 130
 
 
@@ -232,6 +233,14 @@ def score(
     allow_network: AllowNetworkOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="local|ray",
+            help="Work in this process, or in one on each GPU of a Ray cluster (RAY_ADDRESS).",
+        ),
+    ] = "local",
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")
     ] = None,
@@ -270,6 +279,10 @@ def score(
     }
     built = build_recipe(recipe or (), set_ or (), settings)
     team = of_torchrun()
+    if engine not in _ENGINES:
+        raise RecipeError(f"unknown engine {engine!r}", nearest(engine, _ENGINES))
+    if engine == "ray" and team.size > 1:
+        raise RecipeError("torchrun and --engine ray both share out the work", "take one of them")
     if not team.is_first:
         if not dry_run:
             help_embed(team, built, device, precision)
@@ -288,7 +301,11 @@ def score(
 
             facts = forecast_score(place.path, run, built, device=device, precision=precision, watch=watch)
         else:
-            facts = score_dataset(
+            if engine == "ray":
+                from nc_audit.cluster import score_on_cluster as score_there
+            else:
+                score_there = partial(score_dataset, team=team)
+            facts = score_there(
                 place.path,
                 run,
                 built,
@@ -298,7 +315,6 @@ def score(
                 force=force,
                 watch=watch,
                 given=dataset if dataset != str(place.path) and not Path(dataset).exists() else None,
-                team=team,
             )
     if not dry_run:
         remember_latest(run)
@@ -343,7 +359,6 @@ def report(
     Example: nc-audit report --format html --top 500 --tag noisy
     """
     from nc_audit import console
-    from nc_audit.errors import nearest
     from nc_audit.report import report_rows, summary, to_csv, to_json, to_markdown
 
     form = "json" if json else format
@@ -1050,7 +1065,6 @@ def recipes(
     Example: nc-audit recipes show self_paced
     """
     from nc_audit import console
-    from nc_audit.errors import RecipeError, nearest
     from nc_audit.recipe import build_recipe, find_recipe, list_recipes, show
     from nc_audit.run import replacing
 

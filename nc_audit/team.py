@@ -1,4 +1,4 @@
-"""Several processes that embed one dataset together, one per GPU, as `torchrun` starts them.
+"""Several processes that embed one dataset together, one per GPU, as `torchrun` or the Ray engine starts them.
 
 The first process makes the run; the others wait until there is something to embed, embed their share of the shards
 into the run's store, and are done. Which shards there are depends on the data alone, so that a team makes the same
@@ -8,7 +8,7 @@ bytes as a single process. Words go over the processor (gloo); no vector does.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -81,3 +81,28 @@ def of_torchrun() -> Team:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     return Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def meeting_at(
+    host: str, rank: int, size: int, tell: Callable[[list[int]], object], hear: Callable[[], int]
+) -> Team:
+    """The team of `size` processes on any machines.
+
+    Args:
+        host: address of the first one's machine.
+        rank: of this process.
+        size: how many there are.
+        tell: sends the port to meet at to each of the others; called by the first.
+        hear: waits for it; called by the others.
+    """
+    if size == 1:
+        return ALONE
+    import torch.distributed
+
+    if rank == 0:
+        store = torch.distributed.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        tell([store.port] * (size - 1))
+    else:
+        store = torch.distributed.TCPStore(host, hear(), size, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    return Team(rank, size)

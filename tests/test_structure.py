@@ -57,6 +57,7 @@ ALSO = {
     },
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders", "nc_audit.team"},
     "team": set(),
+    "cluster": {"nc_audit.pipeline", "nc_audit.team"},
 }
 """What a stage may import beyond that; of the dataset and the report only the names below."""
 
