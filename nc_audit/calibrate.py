@@ -25,6 +25,9 @@ WEAK_AUROC = 0.85
 IMAGE_MODE_CORRELATION = 0.5
 IMAGE_MODE_MIN_RATE = 0.03
 _CLUSTERING = 1.25
+_FEW_IMAGES = (
+    40.0  # over their number: how far off a rate by swapped images may be, beside what its interval says
+)
 _RULES = (2 / 3, 1 / 3)  # how much each of `rates_by_two_rules` counts
 
 
@@ -105,6 +108,7 @@ def noise_rate(
     *,
     also: tuple[Evidence, Tensor] | None = None,
     right_by_chance: float = 0.0,
+    doubt: float = 0.0,
 ) -> NoiseRate:
     """Noise rate with a bootstrap interval over images.
 
@@ -123,6 +127,7 @@ def noise_rate(
         also: a second look at the same pairs with swaps of its own, and their images. The estimates are averaged,
             and where they differ the interval is wider.
         right_by_chance: share of the swaps that would be right were all given pairs wrong, 0..1.
+        doubt: how far off the rate may be for swaps that stand badly for noise, added to the interval, 0..1.
 
     Returns:
         The estimate and its interval; the interval speaks of sampling and of differing looks, not of errors harder
@@ -155,7 +160,7 @@ def noise_rate(
         float(one.max() - one.min()) / 2 for one in (together[:, 0], found[:, :, 0].mean(0))
     )
     low, high = (
-        math.hypot(_CLUSTERING * max(0.0, far), looks_apart, rules_apart)
+        math.hypot(_CLUSTERING * max(0.0, far), looks_apart, rules_apart, doubt)
         for far in (estimate - float(bounds[0]), float(bounds[1]) - estimate)
     )
     low, high = max(0.0, estimate - low), min(1.0, estimate + high)
@@ -293,12 +298,14 @@ def combine_held_out(
 ) -> HeldOut:
     """Fuse the first look with the held-out loss and distance; by image when noise strikes whole images.
 
-    Swaps of equal image then are one swapped image, and none of them is right by chance.
+    Swaps of equal image then are one swapped image, and none of them is right by chance. The fewer images there are,
+    the worse swapped ones stand for wrong ones: measured in recipes/README.md, "Small sets".
     """
-    evidence = fused(first, loss, distance)
+    evidence, doubt = fused(first, loss, distance), 0.0
     if whole_images:
         evidence, right_by_chance = by_image(evidence, image_N, image_S), 0.0
-    rate = noise_rate(evidence, image_N, image_S, seed, right_by_chance=right_by_chance)
+        doubt = _FEW_IMAGES / len(image_N.unique())
+    rate = noise_rate(evidence, image_N, image_S, seed, right_by_chance=right_by_chance, doubt=doubt)
     return HeldOut(evidence, rate, calibrated(evidence, rate))
 
 

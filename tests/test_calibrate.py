@@ -163,6 +163,18 @@ def test_held_out_evidence_is_fused_and_averaged_over_images_where_these_are_str
     assert held_out.posterior.given_N.mean().item() == pytest.approx(held_out.rate.estimate, abs=0.05)
 
 
+def test_few_swapped_images_widen_the_interval_by_the_doubt_about_them():
+    evidence, image = mixture(0.3, 0, whole_images=True)
+    rate = combine_held_out(evidence, evidence, evidence, image, image, True, 0).rate
+    doubt = 40 / 400
+    assert rate.high >= rate.estimate + doubt
+    assert rate.low <= rate.estimate - doubt
+    sure = noise_rate(evidence, image, image, 0)
+    doubted = noise_rate(evidence, image, image, 0, doubt=0.2)
+    assert doubted.estimate == sure.estimate
+    assert doubted.high - sure.estimate == pytest.approx(math.hypot(sure.high - sure.estimate, 0.2))
+
+
 # --- what people found
 
 
