@@ -27,6 +27,7 @@ from nc_audit.team import meeting_at
 
 _PATIENCE = 10.0  # seconds for the others to say why, once one process has failed
 _OFTEN = 0.2  # seconds between looks at what the first process says
+_SOON = 30.0  # seconds within which all should have begun, or it is told that they wait
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def score_on_cluster(
                 num_cpus=seat.cpus,
                 **({"num_gpus": seat.gpus} if seat.gpus else {}),
                 scheduling_strategy=NodeAffinitySchedulingStrategy(seat.node, soft=False),
-            ).remote(seats[0].address, rank, len(seats), meeting, said, job)
+            ).remote(seats[0].address, seat.address, rank, len(seats), meeting, said, job)
             for rank, seat in enumerate(seats)
         ]
         try:
@@ -186,36 +187,52 @@ def _awaited(
     """What the first process returns, passing on what it says meanwhile; the first failure ends all."""
     waiting, results = list(running), {}
     failing_since: float | None = None
+    num_begun, started, is_told = 0, time.monotonic(), False
     while waiting and (failing_since is None or time.monotonic() - failing_since < _PATIENCE):
         done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_OFTEN)
         for word, *rest in said.get_nowait_batch(said.size()):
-            getattr(watch, word)(*rest)
+            if word == "begun":
+                num_begun += 1
+            else:
+                getattr(watch, word)(*rest)
+        if num_begun < len(running) and not is_told and time.monotonic() - started > _SOON:
+            watch.note(
+                f"Ray: {num_begun:,} of {len(running):,} processes have begun; the cluster may be busy"
+            )
+            is_told = True
         for one in done:
             rank = running.index(one)
             try:
                 results[rank] = ray.get(one)
             except ray.exceptions.RayError as problem:
-                why = (str(problem).strip().splitlines() or [""])[-1]
-                results[rank] = RunError(
-                    f"a process on node {seats[rank].address} ended before it was done: {why}",
-                    "install the same nc-audit on all nodes"
-                    if why.startswith("ModuleNotFoundError")
-                    else "the same command goes on where it stopped",
+                results[rank] = _as_ours(
+                    problem, seats[rank], was_lost=not isinstance(problem, ray.exceptions.RayTaskError)
                 )
-            if isinstance(results[rank], Refusal | RunError):
+            if isinstance(results[rank], Refusal | Exception):
                 failing_since = failing_since or time.monotonic()
                 if rank == 0 and isinstance(results[rank], Refusal):
                     waiting = []
-    # Where one fails, the others lose it: what it says is wrong counts for more than that they are alone.
-    for rank, one in sorted(results.items()):
-        if isinstance(one, Refusal):
-            where = f" (on node {seats[rank].address})" if rank else ""
-            raise AuditError(one.message + where, one.hint)
-    for _, one in sorted(results.items()):
-        if isinstance(one, RunError):
-            raise one
+    # Where one fails, the others lose it: what it says is wrong, or that it was lost, counts for more than that.
+    failed = [one for _, one in sorted(results.items()) if isinstance(one, Refusal | Exception)]
+    for kind in (Refusal, RunError, Exception):
+        for one in failed:
+            if isinstance(one, kind):
+                raise AuditError(one.message, one.hint) if isinstance(one, Refusal) else one
     facts: dict[str, Any] = results[0]
     return facts
+
+
+def _as_ours(problem: Exception, seat: Seat, *, was_lost: bool) -> Exception:
+    """What Ray says of a process that failed: a RunError where it was lost or could not begin, else as it is."""
+    why = (str(problem).strip().splitlines() or [""])[-1]
+    if why.startswith("ModuleNotFoundError"):
+        return RunError(f"node {seat.address} cannot begin: {why}", "install the same nc-audit on all nodes")
+    if was_lost:
+        return RunError(
+            f"a process on node {seat.address} ended before it was done: {why}",
+            "the same command goes on where it stopped",
+        )
+    return problem
 
 
 class _Post:
@@ -241,9 +258,10 @@ class _Post:
 
 
 def _member(
-    host: str, rank: int, size: int, meeting: Any, said: Any, job: Job
+    host: str, address: str, rank: int, size: int, meeting: Any, said: Any, job: Job
 ) -> dict[str, Any] | Refusal | None:
     """One process of the team, run by Ray on its node: the first returns the summary, the others nothing."""
+    said.put(("begun",))
     try:
         if job.version != __version__:
             raise RunError(
@@ -273,4 +291,5 @@ def _member(
             team=team,
         )
     except AuditError as problem:
-        return Refusal(problem.message, problem.hint)
+        where = f" (on node {address})" if rank else ""
+        return Refusal(problem.message + where, problem.hint)

@@ -39,6 +39,32 @@ def test_without_gpus_each_node_with_processors_has_a_seat():
         seats_of(nodes[:1], "auto")
 
 
+@pytest.mark.parametrize(
+    ("words", "was_lost", "expected"),
+    [
+        (
+            "worker died\nkilled by signal 9",
+            True,
+            "a process on node 10.0.0.7 ended before it was done: killed by",
+        ),
+        (
+            "x\nModuleNotFoundError: No module named 'nc_audit'",
+            False,
+            "node 10.0.0.7 cannot begin: ModuleNotFound",
+        ),
+    ],
+)
+def test_a_process_that_was_lost_or_cannot_begin_is_an_error_to_mend(words, was_lost, expected):
+    found = _as_ours(RuntimeError(words), Seat("7", "10.0.0.7", 1, 0), was_lost=was_lost)
+    assert isinstance(found, RunError)
+    assert str(found).startswith(expected)
+
+
+def test_any_other_error_of_a_process_stays_what_it_is():
+    problem = ValueError("a fault of ours")
+    assert _as_ours(problem, Seat("7", "10.0.0.7", 1, 0), was_lost=False) is problem
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EncoderError, match=r"--engine ray needs Ray \(pip install 'nc-audit\[ray\]'\)"):
