@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import nc_audit
-from nc_audit.cluster import Seat, score_on_cluster, seats_of
+from nc_audit.cluster import Seat, _as_ours, score_on_cluster, seats_of
 from nc_audit.errors import EncoderError, RunError
 from nc_audit.recipe import build_recipe
 
