@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from nc_audit.embed import Embeddings
     from nc_audit.encoders import EncoderPlan
     from nc_audit.methods.matching import Pairs
+    from nc_audit.rivals import Reach
     from nc_audit.train import Trajectory
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
@@ -121,6 +122,8 @@ def score_dataset(
     Raises:
         AuditError: of the kind that went wrong.
     """
+    from nc_audit.rivals import check_search
+
     check_exists(dataset)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file", "give a folder with --out")
@@ -131,7 +134,9 @@ def score_dataset(
     if (out / LOCK).exists():
         with audit.run.locked():
             pass  # that another process holds it should be told before the encoders are looked for
-    audit.encoder_plan  # noqa: B018  a wrong encoder should be told before anything is written
+    # What cannot be had should be told before anything is written.
+    audit.encoder_plan  # noqa: B018
+    check_search(recipe.score)
     with audit.run.locked():
         if (out / MANIFEST).exists():
             audit.run = Run.open(out)
@@ -259,6 +264,7 @@ class _Audit:
             return [
                 recipe.score.model_dump(mode="json"),
                 "findings 2",
+                *(["faiss"] if self.reach.has_index else []),
                 *([sorted(found.items())] if found else []),
             ]
         return _tag_inputs(self.run, recipe.tag.model_dump(mode="json"))
@@ -355,6 +361,14 @@ class _Audit:
 
         f = self.folded
         return Pairs.of_arrays(f.pair_image, f.pair_caption, len(f.image_ids), len(f.caption_ids))
+
+    @property
+    def reach(self) -> Reach:
+        """How far ranks and best matches search; the training must be done."""
+        from nc_audit.rivals import reach
+
+        trained, device = self.run.stage("train"), self.recipe.train.place(self.encoder_plan.device)
+        return reach(trained["images"], trained["captions"], self.recipe.score, device)
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -532,7 +546,8 @@ class _Audit:
 
         from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
-        from nc_audit.score import judge, look_around, num_searched
+        from nc_audit.rivals import look_around
+        from nc_audit.score import judge
 
         folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
@@ -566,7 +581,7 @@ class _Audit:
             if self.trusted is not None and rate.is_calibrated:
                 judged["noise_probability"] = judged["noise_probability"].masked_fill(self.trusted, 0.0)
             self.watch.progress("score", 1, 2)
-            columns = given | judged | look_around(*vectors, pairs, settings, seed)
+            columns = given | judged | look_around(*vectors, pairs, self.reach, seed)
         images = _first_names(self.run.table("pairs"), self.folded)
         named = {"best_caption": self.folded.captions, "best_image": images}
         distinct = {
@@ -580,10 +595,15 @@ class _Audit:
             "logit_scale": str(facts["logit_scale"]),
             "encoder": f"{self.encoder_plan.image} + {self.encoder_plan.text}",
             "heads": self.run.manifest["files"]["model/heads.safetensors"]["sha256"],
-            "searched": str(num_searched(pairs, settings)),
+            "searched": str(self.reach.compared),
+            "best_matches": "index of all" if self.reach.has_index else "searched",
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
         findings, capped = self._findings(table, *(one.cpu() for one in vectors))
+        told = self.reach.told(pairs.num_images, pairs.num_captions)
+        if told is not None:
+            self.watch.warn(told)
+            capped.append(told)
         self.run.write_table("findings", findings)
         self.watch.progress("score", 2, 2)
         return {"scores.parquet": len(table), "findings.parquet": len(findings)}, {

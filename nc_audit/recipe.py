@@ -329,7 +329,11 @@ class ScoreSection(_Section):
 
     candidates: int = Field(1000, ge=2, description="captions and images each pair is scored against")
     rank_candidates: int = Field(
-        50_000, ge=2, description="captions and images that ranks and best matches search"
+        2_000_000, ge=2, description="captions and images that ranks and best matches search, at most"
+    )
+    search: Literal["auto", "faiss", "part"] = Field(
+        "auto",
+        description="best matches where not all are compared: of all by faiss, of a part; auto = faiss if installed",
     )
     neighbours: int = Field(10, ge=1, description="nearest pairs that vote")
     sharpness: float = Field(

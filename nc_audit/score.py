@@ -1,8 +1,7 @@
-"""Stage 4, score: every distinct pair against the known swaps, its neighbours and all other captions and images.
+"""Stage 4, score: every distinct pair against the known swaps and its neighbours.
 
-`judge` turns what training handed on into one noise score with its probability. `look_around` finds where each
-pair's own caption and image stand among the others, and which fit better. Both work in chunks; memory beyond the
-embeddings does not grow with the number of pairs.
+`judge` turns what training handed on into one noise score with its probability. It works in chunks; memory beyond the
+embeddings does not grow with the number of pairs. What else fits a pair's image or caption is found in `rivals`.
 
 Shapes: I = images; C = captions; N = pairs; S = swaps; P = planted swaps; R = reference pairs; D = dimensions.
 """
@@ -32,11 +31,10 @@ from nc_audit.methods.known_swaps import (
     right_by_chance,
     worth,
 )
-from nc_audit.methods.matching import Pairs, positions
+from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
 
-_MOST_COSINES = 5 * 10**9  # in a search for ranks and best matches
 _MOST_OWN = 30  # neighbours of the own image that are looked past
 
 
@@ -109,88 +107,6 @@ def ask_neighbours(
 
     given, swaps = distances(pairs), distances(planted)
     return Neighbourhood(Evidence(given[0], swaps[0]), Evidence(given[1], swaps[1]))
-
-
-@dataclass(frozen=True)
-class LookUp:
-    """Where each pair's own match stands among the others, and what fits better; each of shape [N].
-
-    Ranks count from 1 = best. `best` is -1 where there is no other; `margin` is its cosine minus the own one's.
-    """
-
-    rank: Tensor
-    best: Tensor
-    margin: Tensor
-
-
-def look_up(
-    query_QD: Tensor,
-    other_OD: Tensor,
-    query_N: Tensor,
-    other_N: Tensor,
-    num_candidates: int,
-    generator: torch.Generator,
-    block: int = 512,
-) -> LookUp:
-    """Rank each pair's own other side among the other sides of all pairs, and find the best that is not its own.
-
-    All others that the query is paired with are left out: they are matches, not rivals.
-
-    Args:
-        query_QD: unit vectors of the side that asks, shape [Q, D].
-        other_OD: unit vectors of the side looked up, shape [O, D].
-        query_N: each pair's index on the asking side, shape [N].
-        other_N: each pair's index on the other side, shape [N].
-        num_candidates: search at most this many others, drawn at random where there are more.
-        generator: draws them.
-        block: queries at a time; memory is block x candidates.
-    """
-    num_others, device = len(other_OD), other_OD.device
-    query_N, other_N = query_N.to(device), other_N.to(device)
-    candidate_M = torch.arange(num_others)
-    if num_others > num_candidates:
-        candidate_M = torch.randperm(num_others, generator=generator)[:num_candidates].sort().values
-    position = positions(candidate_M, num_others).to(device)
-    candidate_M = candidate_M.to(device)
-    candidates_MD = other_OD[candidate_M]
-    order = query_N.argsort(stable=True)
-    ordered_query = query_N[order]
-    rank = torch.ones(len(query_N), dtype=torch.int32, device=device)
-    best = torch.full((len(query_N),), -1, dtype=torch.long, device=device)
-    margin = torch.full((len(query_N),), float("nan"), device=device)
-    cosines = query_QD.new_empty(min(block, len(query_QD)), len(candidates_MD))
-    for start in range(0, len(query_QD), block):
-        part = query_QD[start : start + block]
-        low, high = torch.searchsorted(ordered_query, query_N.new_tensor([start, start + len(part)])).tolist()
-        if low == high:
-            continue
-        at = order[low:high]
-        asking, own = query_N[at] - start, other_N[at]
-        cosine = torch.mm(part, candidates_MD.T, out=cosines[: len(part)])
-        known = position[own] >= 0
-        # The own match from the very product its rivals come from, so that equal vectors tie exactly.
-        own_cosine = (part[asking] * other_OD[own]).sum(1)
-        own_cosine[known] = cosine[asking[known], position[own[known]]]
-        cosine[asking[known], position[own[known]]] = float("-inf")
-        top, top_at = cosine.max(1)
-        best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
-        margin[at] = torch.where(torch.isfinite(top), top, torch.nan)[asking] - own_cosine
-        for some in torch.arange(len(at), device=device).split(256):
-            rank[at[some]] += _count_above(cosine[asking[some]], own_cosine[some])
-    return LookUp(rank.cpu(), best.cpu(), margin.cpu())
-
-
-def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:
-    """How many of each row's values lie above the row's bound, int32, shape [B].
-
-    Torch sums truth values one by one. Eight of them read as one integer are summed at once, up to 128 at a time, so
-    that no byte overflows: six times as fast.
-    """
-    num, num_values = values_BM.shape
-    is_above = values_BM.new_zeros(num, -(-num_values // 1024) * 1024, dtype=torch.bool)
-    is_above[:, :num_values] = values_BM > bound_B[:, None]
-    by_byte = is_above.view(torch.int64).view(num, -1, 128).sum(2).view(torch.uint8)
-    return by_byte.sum(1, dtype=torch.int32)
 
 
 def judge(
@@ -299,39 +215,4 @@ def judge(
         "noise_score": score,
         "noise_probability": probability,
         "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
-    }
-
-
-def num_searched(pairs: Pairs, settings: ScoreSection) -> int:
-    """How many captions and images ranks and best matches search: fewer where very many ask, so that time is linear."""
-    asking = max(pairs.num_images, pairs.num_captions)
-    return min(settings.rank_candidates, asking, max(1_000, _MOST_COSINES // asking))
-
-
-def look_around(
-    image_ID: Tensor, caption_CD: Tensor, pairs: Pairs, settings: ScoreSection, seed: int
-) -> dict[str, Tensor]:
-    """Where each pair stands among all captions and images, and what fits better.
-
-    Args:
-        image_ID: unit vectors of all images by the final heads, shape [I, D], on any device.
-        caption_CD: unit vectors of all captions by the final heads, shape [C, D], on the same.
-        pairs: the given pairs.
-        settings: the recipe's `score` section.
-        seed: draws the candidates where there are more than are searched.
-
-    Returns:
-        Columns of `scores` by name, each of shape [N]; `best_caption` and `best_image` as indices, -1 for none.
-    """
-    generator = torch.Generator().manual_seed(seed + 300)
-    searched = num_searched(pairs, settings)
-    captions = look_up(image_ID, caption_CD, pairs.image_N, pairs.caption_N, searched, generator)
-    images = look_up(caption_CD, image_ID, pairs.caption_N, pairs.image_N, searched, generator)
-    return {
-        "caption_rank": captions.rank,
-        "image_rank": images.rank,
-        "best_caption": captions.best,
-        "best_caption_margin": captions.margin,
-        "best_image": images.best,
-        "best_image_margin": images.margin,
     }

@@ -7,8 +7,6 @@ import oracles
 import pytest
 import strategies
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from planted import QUICK, Planted, inputs_of, planted_set
 
 from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
@@ -16,7 +14,8 @@ from nc_audit.errors import ShapeError
 from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
-from nc_audit.score import ask_neighbours, judge, look_around, look_up, num_searched
+from nc_audit.rivals import look_around, reach
+from nc_audit.score import ask_neighbours, judge
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
 from nc_audit.train.self_paced import Trained, train_robustly
@@ -32,77 +31,6 @@ SETTINGS = ScoreSection(candidates=300, references=500, neighbours=10)  # type: 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-# --- ranks and best matches
-
-
-def look_up_by_hand(query, other, pairs, searched):
-    """Rank, best other and its margin per pair, one candidate at a time."""
-    own_of: dict[int, set[int]] = {}
-    for q, o in pairs:
-        own_of.setdefault(q, set()).add(o)
-    result = []
-    for q, o in pairs:
-        own = float(query[q] @ other[o])
-        rivals = {k: float(query[q] @ other[k]) for k in searched if k not in own_of[q]}
-        best = max(rivals, key=lambda k: rivals[k], default=-1)
-        rank = 1 + sum(v > own for v in rivals.values())
-        result.append((rank, best, rivals[best] - own if rivals else float("nan")))
-    return result
-
-
-@given(strategies.pair_indices(), strategies.seeds, st.integers(1, 5))
-def test_look_up_equals_the_one_by_hand_in_any_block(indices, seed, block):
-    image_N, caption_N, images, captions = indices
-    image, caption = unit_vectors(images, 4, seed), unit_vectors(captions, 4, seed + 1)
-    found = look_up(image, caption, image_N, caption_N, 10_000, generator(), block)
-    pairs = list(zip(image_N.tolist(), caption_N.tolist(), strict=True))
-    expected = look_up_by_hand(image, caption, pairs, range(captions))
-    assert found.rank.tolist() == [rank for rank, _, _ in expected]
-    assert found.best.tolist() == [best for _, best, _ in expected]
-    np.testing.assert_allclose(found.margin, [margin for _, _, margin in expected], atol=1e-6)
-
-
-def test_a_bounded_search_finds_candidates_only_and_ranks_among_them():
-    image, caption = unit_vectors(50, 4, 0), unit_vectors(60, 4, 1)
-    image_N, caption_N = torch.arange(50), torch.arange(50)
-    found = look_up(image, caption, image_N, caption_N, 20, generator(3))
-    searched = set(torch.randperm(60, generator=generator(3))[:20].tolist())
-    expected = look_up_by_hand(image, caption, [(i, i) for i in range(50)], searched)
-    assert set(found.best.tolist()) <= searched
-    assert found.rank.tolist() == [rank for rank, _, _ in expected]
-
-
-def test_a_query_that_owns_everything_has_no_better_match():
-    found = look_up(
-        unit_vectors(1, 3, 0),
-        unit_vectors(2, 3, 1),
-        torch.tensor([0, 0]),
-        torch.tensor([0, 1]),
-        10,
-        generator(),
-    )
-    assert found.rank.tolist() == [1, 1]
-    assert found.best.tolist() == [-1, -1]
-    assert found.margin.isnan().all()
-
-
-def test_equal_vectors_are_no_better_matches():
-    # Two hundred captions, each there twice under two names: the twin fits exactly as well, not better.
-    image, caption = unit_vectors(200, 64, 0), unit_vectors(200, 64, 1).repeat(2, 1)
-    near = torch.nn.functional.normalize(image + 0.1 * caption[:200], dim=1)
-    caption = torch.cat([near, near])
-    at = torch.arange(200)
-    found = look_up(image, caption, at, at, 10_000, generator())
-    assert found.rank.tolist() == [1] * 200
-
-
-def test_searches_are_bounded_where_very_many_ask():
-    settings = ScoreSection()  # type: ignore[call-arg]
-    none = torch.zeros(0, dtype=torch.long)
-    sizes = [num_searched(Pairs(none, none, num // 5, num), settings) for num in (300, 10**5, 10**6, 10**8)]
-    assert sizes == [300, 50_000, 5_000, 1_000]
 
 
 # --- neighbours
@@ -209,7 +137,8 @@ def scored(
             seed,
             whole_images=whole_images,
         )
-        return rate, columns | look_around(*vectors, planted.pairs, SETTINGS, seed)
+        far = reach(planted.pairs.num_images, planted.pairs.num_captions, SETTINGS)
+        return rate, columns | look_around(*vectors, planted.pairs, far, seed)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ FOUNDATION = {
 
 ONLY_IN = {"rich": "console.py", "typer": "cli.py"}
 LAZY = {"torch", "pandas", "datasets", "sklearn", "open_clip", "timm", "scipy", "transformers"}
-MAY_BE_HEAVY = {"train", "score", "calibrate", "embed", "methods", "encoders", "bench", "tokens"}
+MAY_BE_HEAVY = {"train", "score", "rivals", "calibrate", "embed", "methods", "encoders", "bench", "tokens"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, str, bool]]:

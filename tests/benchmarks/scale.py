@@ -29,8 +29,9 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     from nc_audit.methods.known_swaps import swaps_auroc
     from nc_audit.methods.matching import Pairs
     from nc_audit.recipe import ScoreSection, TrainSection
+    from nc_audit.rivals import look_around, reach
     from nc_audit.schema import PAIRS
-    from nc_audit.score import judge, look_around
+    from nc_audit.score import judge
     from nc_audit.train import Inputs, train
 
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +68,8 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         vectors = judgement.model.to(device).embed(image, caption)
         rate, columns = judge(judgement.given, judgement.swaps, *vectors, pairs, scoring, 0)
         judged = time.perf_counter()
-        look_around(*vectors, pairs, scoring, 0)
+        far = reach(num_images, num_pairs, scoring, device)
+        best = look_around(*vectors, pairs, far, 0)
     looked = time.perf_counter()
     score, rows = columns["noise_score"], list(range(num_pairs))
     known = {
@@ -105,6 +107,8 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         for row, kind, partner, *_ in found.rows
         if kind == "rematch" and partner is not None
     ]
+    # The true image of caption n is true_image[n]: where the pair is wrong, it is the best match to be found.
+    best_right = (best["best_image"] == true_image)[wrong].double().mean()
     return {
         "pairs": num_pairs,
         "device": device,
@@ -116,6 +120,9 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         "s_per_100k": (done - told + looked - start) / num_pairs * 1e5,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "auroc": swaps_auroc(score[~wrong], score[wrong]),
+        "searched": far.compared,
+        "index": far.has_index,
+        "best_images_right": float(best_right),
         "near_copies_found": len(near & copies) / len(copies),
         "rematches": len(matched),
         "rematches_right": sum(matched) / max(1, len(matched)),
