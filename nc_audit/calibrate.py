@@ -6,6 +6,7 @@ Shapes: N = pairs; S = swaps; I = images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ _FEW_IMAGES = (
     40.0  # over their number: how far off a rate by swapped images may be, beside what its interval says
 )
 _RULES = (2 / 3, 1 / 3)  # how much each of `rates_by_two_rules` counts
+_LOOKS = (1 / 4, 3 / 4)  # and each of two looks, the second of them held out
 
 
 def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
@@ -73,6 +75,13 @@ class NoiseRate:
             return self
         estimate, low, high = (min(1.0, max(0.0, one + by)) for one in (self.estimate, self.low, self.high))
         return replace(self, estimate=estimate, low=low, high=high)
+
+    def separating(self, evidence: Evidence) -> NoiseRate:
+        """The same with the AUROC that other evidence on these pairs may expect at this rate."""
+        if self.is_blind:
+            return self
+        separation = swaps_auroc(evidence.given_N, evidence.swaps_S)
+        return replace(self, expected_auroc=expected_auroc(separation, self.estimate, self.swaps_right))
 
     def expecting(self, auroc: float) -> NoiseRate:
         """The same with a second estimate of the AUROC, by the probabilities, counted by the noise rate.
@@ -124,8 +133,8 @@ def noise_rate(
         seed: of the bootstrap.
         level: coverage of the interval.
         num_draws: bootstrap draws.
-        also: a second look at the same pairs with swaps of its own, and their images. The estimates are averaged,
-            and where they differ the interval is wider.
+        also: a second look at the same pairs with swaps of its own, and their images, which training touched less, so
+            that it counts for more. Where the two differ, the interval is wider.
         right_by_chance: share of the swaps that would be right were all given pairs wrong, 0..1.
         doubt: how far off the rate may be for swaps that stand badly for noise, added to the interval, 0..1.
 
@@ -152,9 +161,10 @@ def noise_rate(
     # The tails give r / (1 - e), and of the swaps e = r c are right.
     found = found / (1 + right_by_chance * found)
     together = (torch.tensor(_RULES, dtype=torch.float64)[:, None] * found).sum(1)
-    estimate = float(together[:, 0].mean())
+    counts = torch.tensor(_LOOKS if len(looks) > 1 else (1.0,), dtype=torch.float64)
+    estimate = float(counts @ together[:, 0])
     quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    bounds = together[:, 1:].mean(0).quantile(quantiles)
+    bounds = (counts @ together[:, 1:]).quantile(quantiles)
     # Captions recur over images, and looks and rules differ: a bootstrap over images sees none of it.
     looks_apart, rules_apart = (
         float(one.max() - one.min()) / 2 for one in (together[:, 0], found[:, :, 0].mean(0))
@@ -173,6 +183,29 @@ def noise_rate(
     right = estimate * right_by_chance
     auroc = expected_auroc(separation, estimate, right)
     return NoiseRate(estimate, low, high, level, auroc, is_blind, swaps_right=right)
+
+
+def mean_rate(rates: Sequence[NoiseRate]) -> NoiseRate:
+    """The mean of what several draws of known swaps found on the same pairs, blind where most of them are.
+
+    The ends of the interval are means too. What differs between draws is part of each one's interval, so that of the
+    mean is rather too wide than too narrow.
+    """
+    seeing = [one for one in rates if not one.is_blind]
+    if 2 * len(seeing) <= len(rates):
+        return next(one for one in rates if one.is_blind)
+
+    def mean(name: str) -> float:
+        return sum(getattr(one, name) for one in seeing) / len(seeing)
+
+    return replace(
+        seeing[0],
+        estimate=mean("estimate"),
+        low=mean("low"),
+        high=mean("high"),
+        expected_auroc=mean("expected_auroc"),
+        swaps_right=mean("swaps_right"),
+    )
 
 
 def _tail_sums(evidence: Evidence, image_N: Tensor, image_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,12 +331,12 @@ def combine_held_out(
 ) -> HeldOut:
     """Fuse the first look with the held-out loss and distance; by image when noise strikes whole images.
 
-    Swaps of equal image then are one swapped image, and none of them is right by chance. The fewer images there are,
-    the worse swapped ones stand for wrong ones: measured in recipes/README.md, "Small sets".
+    Swaps of equal image then are one swapped image. The fewer images there are, the worse swapped ones stand for wrong
+    ones: measured in recipes/README.md, "Small sets".
     """
     evidence, doubt = fused(first, loss, distance), 0.0
     if whole_images:
-        evidence, right_by_chance = by_image(evidence, image_N, image_S), 0.0
+        evidence = by_image(evidence, image_N, image_S)
         doubt = _FEW_IMAGES / len(image_N.unique())
     rate = noise_rate(evidence, image_N, image_S, seed, right_by_chance=right_by_chance, doubt=doubt)
     return HeldOut(evidence, rate, calibrated(evidence, rate))
@@ -319,5 +352,5 @@ def calibrated(evidence: Evidence, rate: NoiseRate, *, levelled: bool = False) -
     if rate.is_blind:
         return Evidence(torch.full_like(evidence.given_N, 0.5), torch.full_like(evidence.swaps_S, 0.5))
     if levelled:
-        return evidence.levelled(rate.estimate)
+        return evidence.levelled(rate.estimate, rate.swaps_right)
     return evidence.posterior(rate.estimate, rate.swaps_right)

@@ -8,6 +8,7 @@ key of its inputs; the key chains the keys before it.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -503,15 +504,26 @@ class _Audit:
 
         trained = train(inputs, settings, progress)
         pair_id = pa.array(self.folded.pair_ids)
-        trained.model.save(folder / "heads.safetensors")
         write_parquet(_trajectory(trained.trajectory, pair_id), folder / "trajectory.parquet")
-        write_parquet(
-            pa.table({"pair_id": pair_id} | {name: value.numpy() for name, value in trained.given.items()}),
-            folder / "evidence.parquet",
-        )
-        write_parquet(
-            pa.table({name: value.numpy() for name, value in trained.swaps.items()}), folder / "swaps.parquet"
-        )
+        files: dict[str, int] = {}
+        for left in folder.glob("draw_*"):
+            shutil.rmtree(left)
+        for name, draw in zip(_draw_names(len(trained.draws)), trained.draws, strict=True):
+            (self.run.path / name).mkdir(exist_ok=True)
+            draw.model.save(self.run.path / name / "heads.safetensors")
+            for table, columns in (
+                (
+                    "evidence",
+                    {"pair_id": pair_id} | {key: value.numpy() for key, value in draw.given.items()},
+                ),
+                ("swaps", {key: value.numpy() for key, value in draw.swaps.items()}),
+            ):
+                write_parquet(pa.table(columns), self.run.path / name / f"{table}.parquet")
+            files |= {
+                f"{name}/heads.safetensors": 0,
+                f"{name}/evidence.parquet": num,
+                f"{name}/swaps.parquet": len(draw.swaps.get("caption", ())),
+            }
         candidates = inputs.candidates
         write_parquet(
             pa.table(
@@ -524,15 +536,14 @@ class _Audit:
             folder / "candidates.parquet",
         )
         return (
-            {
-                "model/heads.safetensors": 0,
+            files
+            | {
                 "model/trajectory.parquet": num * len(trained.trajectory.losses),
-                "model/evidence.parquet": num,
-                "model/swaps.parquet": len(trained.swaps.get("caption", ())),
                 "model/candidates.parquet": len(candidates.caption_M) + len(candidates.image_M),
             },
             {
                 "method": settings.method,
+                "draws": len(trained.draws),
                 "pairs": num,
                 "images": self.pairs.num_images,
                 "captions": self.pairs.num_captions,
@@ -547,24 +558,21 @@ class _Audit:
         from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
         from nc_audit.rivals import look_around
-        from nc_audit.score import judge
+        from nc_audit.score import Draw, judge
 
-        folder, facts, pairs = self.run.path / "model", self.run.stage("train"), self.pairs
+        facts, pairs = self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
-        given = _tensors(folder / "evidence.parquet")
+        device = self.recipe.train.place(self.encoder_plan.device)
         self.watch.progress("score", 0, 2)
         with torch.inference_mode():
-            model = Model.load(folder / "heads.safetensors")
-            vectors = model.to(self.recipe.train.place(self.encoder_plan.device)).embed(*self.inputs)
-            rate, judged = judge(
-                given,
-                _tensors(folder / "swaps.parquet"),
-                *vectors,
-                pairs,
-                settings,
-                seed,
-                whole_images=facts["whole_images"],
-            )
+            draws = []
+            for name in _draw_names(facts["draws"]):
+                folder = self.run.path / name
+                model = Model.load(folder / "heads.safetensors").to(device)
+                evidence, swaps = (_tensors(folder / f"{table}.parquet") for table in ("evidence", "swaps"))
+                draws.append(Draw(evidence, swaps, *model.embed(*self.inputs)))
+            rate, judged = judge(draws, pairs, settings, seed, whole_images=facts["whole_images"])
+            vectors = draws[0].image_ID, draws[0].caption_CD
             found = self._found_by_people()
             if found and rate.is_calibrated:
                 place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}
@@ -581,7 +589,7 @@ class _Audit:
             if self.trusted is not None and rate.is_calibrated:
                 judged["noise_probability"] = judged["noise_probability"].masked_fill(self.trusted, 0.0)
             self.watch.progress("score", 1, 2)
-            columns = given | judged | look_around(*vectors, pairs, self.reach, seed)
+            columns = dict(draws[0].given) | judged | look_around(*vectors, pairs, self.reach, seed)
         images = _first_names(self.run.table("pairs"), self.folded)
         named = {"best_caption": self.folded.captions, "best_image": images}
         distinct = {
@@ -858,6 +866,11 @@ def _trajectory(trajectory: Trajectory, pair_id: pa.Array) -> pa.Table:
         ],
         schema=TRAJECTORY,
     )
+
+
+def _draw_names(num: int) -> list[str]:
+    """Folders below the run that hold what draws of known swaps were trained to; the first is the run's own model."""
+    return ["model", *(f"model/draw_{at}" for at in range(2, num + 1))]
 
 
 def _tensors(path: Path) -> dict[str, Any]:

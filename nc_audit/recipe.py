@@ -271,6 +271,12 @@ class TrainSection(_Section):
         0.8, ge=0, le=1, description="weight of the ambiguous region in pace=divided"
     )
     planted_share: float = Field(0.5, gt=0, le=1, description="known swaps planted in the training, per pair")
+    draws: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="draws of known swaps, each with a training of its own; 0 = more where noise is found in few pairs",
+    )
     final_rounds: int = Field(
         2, ge=1, le=5, description="trainings of the final heads, each weighted by what the one before found"
     )

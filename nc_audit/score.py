@@ -8,7 +8,7 @@ Shapes: I = images; C = captions; N = pairs; S = swaps; P = planted swaps; R = r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from nc_audit.calibrate import (
     by_image,
     calibrated,
     combine_held_out,
+    mean_rate,
     noise_rate,
     rate_of_probabilities,
 )
@@ -28,6 +29,7 @@ from nc_audit.methods.known_swaps import (
     Evidence,
     auroc_of_probabilities,
     fused,
+    pooled,
     right_by_chance,
     worth,
 )
@@ -44,6 +46,11 @@ class Neighbourhood:
 
     by_image: Evidence
     by_caption: Evidence
+
+    @property
+    def distance(self) -> Tensor:
+        """Mean distance of each given pair from both sides' neighbours, shape [N]."""
+        return (self.by_image.given_N + self.by_caption.given_N) / 2
 
 
 def ask_neighbours(
@@ -109,11 +116,30 @@ def ask_neighbours(
     return Neighbourhood(Evidence(given[0], swaps[0]), Evidence(given[1], swaps[1]))
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What training hands on of one draw of known swaps (`train.Judgement`), and the vectors its own heads give.
+
+    Attributes:
+        given: quantities of the given pairs.
+        swaps: those of the known swaps; `image` and `caption` hold what is put together. Empty for a method without
+            swaps.
+        image_ID: unit vectors of all images, shape [I, D], on any device.
+        caption_CD: unit vectors of all captions, shape [C, D], on the same.
+    """
+
+    given: Mapping[str, Tensor]
+    swaps: Mapping[str, Tensor]
+    image_ID: Tensor
+    caption_CD: Tensor
+
+    def evidence(self, name: str) -> Evidence:
+        """One quantity on given pairs and swaps."""
+        return Evidence(self.given[name], self.swaps[name])
+
+
 def judge(
-    given: Mapping[str, Tensor],
-    swaps: Mapping[str, Tensor],
-    image_ID: Tensor,
-    caption_CD: Tensor,
+    draws: Sequence[Draw],
     pairs: Pairs,
     settings: ScoreSection,
     seed: int,
@@ -125,11 +151,7 @@ def judge(
     A method with known swaps is calibrated on them; another's own score and probability stand as they are.
 
     Args:
-        given: quantities of the given pairs (`train.Judgement.given`).
-        swaps: those of the known swaps; `image` and `caption` hold what is put together. Empty for a method without
-            swaps.
-        image_ID: unit vectors of all images by the final heads, shape [I, D], on any device.
-        caption_CD: unit vectors of all captions by the final heads, shape [C, D], on the same.
+        draws: one or several of the same pairs.
         pairs: the given pairs.
         settings: the recipe's `score` section.
         seed: draws the bootstrap and the reference pairs.
@@ -141,78 +163,91 @@ def judge(
     Raises:
         ShapeError: the vectors are not those of the pairs' images and captions.
     """
-    if (len(image_ID), len(caption_CD)) != (pairs.num_images, pairs.num_captions):
-        raise ShapeError(
-            "image and caption vectors", f"{pairs.num_images}, D; {pairs.num_captions}, D", image_ID.shape
-        )
-    generator = torch.Generator().manual_seed(seed + 200)
-    if not swaps:
-        probability = given["noise_probability"]
+    for draw in draws:
+        if (len(draw.image_ID), len(draw.caption_CD)) != (pairs.num_images, pairs.num_captions):
+            raise ShapeError(
+                "image and caption vectors",
+                f"{pairs.num_images}, D; {pairs.num_captions}, D",
+                draw.image_ID.shape,
+            )
+    if not draws[0].swaps:
+        (draw,) = draws
+        probability = draw.given["noise_probability"]
         around = ask_neighbours(
-            image_ID, caption_CD, pairs, pairs.select(torch.arange(0)), 1 - probability, settings, generator
+            draw.image_ID,
+            draw.caption_CD,
+            pairs,
+            pairs.select(torch.arange(0)),
+            1 - probability,
+            settings,
+            torch.Generator().manual_seed(seed + 200),
         )
         rate = rate_of_probabilities(probability, pairs.image_N, seed)
-        score = given["noise_score"]
+        score, distance = draw.given["noise_score"], around.distance
     else:
-        swapped = Pairs(swaps["image"], swaps["caption"], pairs.num_images, pairs.num_captions)
-        by_chance = right_by_chance(
-            swapped.image_N, swapped.caption_N, pairs.image_N, pairs.caption_N, pairs.num_captions
-        )
-        held_out = combine_held_out(
-            Evidence(given["first"], swaps["first"]),
-            Evidence(given["loss"], swaps["loss"]),
-            Evidence(given["distance"], swaps["distance"]),
-            pairs.image_N,
-            swaps["image"],
-            whole_images,
-            seed,
-            by_chance,
-        )
-        trust_N = 1 - held_out.posterior.given_N
-        around = ask_neighbours(
-            image_ID,
-            caption_CD,
-            pairs,
-            swapped,
-            trust_N,
-            settings,
-            generator,
-            own_captions_vote=not whole_images,
-        )
-        # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
-        final = Evidence(given["final_loss"], swaps["final_loss"])
-        held = Evidence(given["loss"], swaps["loss"])
-        if whole_images:
-            # The captions of a wrong image teach each other, those of a planted one have their own pairs to
-            # contradict them: in sample the two differ a little, so the held-out look states the rate, and the swaps of
-            # the final heads only how it spreads over their scores.
-            first = Evidence(given["first"], swaps["first"])
-            distance = Evidence(given["distance"], swaps["distance"])
-            evidence = by_image(
-                fused(first, held, distance, final, around.by_image, around.by_caption),
-                pairs.image_N,
-                swapped.image_N,
-            )
-            rate = held_out.rate
-            probability = calibrated(evidence, rate, levelled=True).given_N
-        else:
-            evidence = fused(held, final, final, around.by_image, around.by_caption)
-            if "zero_shot_loss" in given:
-                untrained = Evidence(given["zero_shot_loss"], swaps["zero_shot_loss"])
-                evidence = evidence + untrained.times(worth(untrained, held))
-            rate = noise_rate(
-                evidence,
-                pairs.image_N,
-                swapped.image_N,
-                seed,
-                also=(held_out.evidence, swaps["image"]),
-                right_by_chance=by_chance,
-            )
-            probability = calibrated(evidence, rate).given_N
+        weighed = [
+            _weigh(draw, pairs, settings, seed + at, whole_images=whole_images)
+            for at, draw in enumerate(draws)
+        ]
+        rate = mean_rate([one.rate for one in weighed])
+        evidence = weighed[0].evidence
+        if len(weighed) > 1:
+            found = [calibrated(one.evidence, one.rate, levelled=True).given_N for one in weighed]
+            evidence = pooled([one.evidence for one in weighed], torch.stack(found).mean(0))
+            rate = rate.separating(evidence)
+        # In sample, swaps and noise differ a little: what is wrong teaches itself, a swap has given pairs to contradict
+        # it. So the rate, for the most part, is what held-out looks say, and the swaps of the final heads only tell how
+        # it spreads over their scores.
+        probability = calibrated(evidence, rate, levelled=True).given_N
         score = evidence.standardised().given_N
         rate = rate.expecting(auroc_of_probabilities(probability, score))
-    return rate, {
-        "noise_score": score,
-        "noise_probability": probability,
-        "neighbour_distance": (around.by_image.given_N + around.by_caption.given_N) / 2,
-    }
+        distance = weighed[0].around.distance
+    return rate, {"noise_score": score, "noise_probability": probability, "neighbour_distance": distance}
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """All evidence of one draw in one, the rate by it, and what neighbours said."""
+
+    evidence: Evidence
+    rate: NoiseRate
+    around: Neighbourhood
+
+
+def _weigh(draw: Draw, pairs: Pairs, settings: ScoreSection, seed: int, *, whole_images: bool) -> _Weighed:
+    swapped = Pairs(draw.swaps["image"], draw.swaps["caption"], pairs.num_images, pairs.num_captions)
+    by_chance = right_by_chance(
+        swapped.image_N, swapped.caption_N, pairs.image_N, pairs.caption_N, pairs.num_captions
+    )
+    first, held, distance = (draw.evidence(name) for name in ("first", "loss", "distance"))
+    held_out = combine_held_out(
+        first, held, distance, pairs.image_N, swapped.image_N, whole_images, seed, by_chance
+    )
+    around = ask_neighbours(
+        draw.image_ID,
+        draw.caption_CD,
+        pairs,
+        swapped,
+        1 - held_out.posterior.given_N,
+        settings,
+        torch.Generator().manual_seed(seed + 200),
+        own_captions_vote=not whole_images,
+    )
+    # Losses rank better than cosines, and those of the final heads, which saw the most pairs, best of all.
+    final = draw.evidence("final_loss")
+    if whole_images:
+        evidence = fused(first, held, distance, final, around.by_image, around.by_caption)
+        return _Weighed(by_image(evidence, pairs.image_N, swapped.image_N), held_out.rate, around)
+    evidence = fused(held, final, final, around.by_image, around.by_caption)
+    if "zero_shot_loss" in draw.given:
+        untrained = draw.evidence("zero_shot_loss")
+        evidence = evidence + untrained.times(worth(untrained, held))
+    rate = noise_rate(
+        evidence,
+        pairs.image_N,
+        swapped.image_N,
+        seed,
+        also=(held_out.evidence, swapped.image_N),
+        right_by_chance=by_chance,
+    )
+    return _Weighed(evidence.standardised(), rate, around)

@@ -73,6 +73,7 @@ QUICK = TrainSection(
     width=48,
     hidden=48,
     batch=128,
+    draws=1,
 )  # type: ignore[call-arg]
 
 

@@ -15,7 +15,7 @@ from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
 from nc_audit.rivals import look_around, reach
-from nc_audit.score import ask_neighbours, judge
+from nc_audit.score import Draw, ask_neighbours, judge
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
 from nc_audit.train.self_paced import Trained, train_robustly
@@ -107,7 +107,7 @@ def test_vectors_of_other_pairs_are_refused(trained, planted):
     judgement = trained.judgement(300)
     image, caption = unit_vectors(399, 8, 0), unit_vectors(1200, 8, 1)
     with pytest.raises(ShapeError) as caught:
-        judge(judgement.given, judgement.swaps, image, caption, planted.pairs, SETTINGS, 0)
+        judge([Draw(judgement.given, judgement.swaps, image, caption)], planted.pairs, SETTINGS, 0)
     assert str(caught.value) == "image and caption vectors must have shape [400, D; 1200, D], got [399, 8]"
 
 
@@ -128,15 +128,8 @@ def scored(
 ) -> tuple[NoiseRate, dict[str, torch.Tensor]]:
     with torch.inference_mode():
         vectors = judgement.model.embed(planted.image_ID, planted.caption_CD)
-        rate, columns = judge(
-            judgement.given,
-            judgement.swaps,
-            *vectors,
-            planted.pairs,
-            SETTINGS,
-            seed,
-            whole_images=whole_images,
-        )
+        draw = Draw(judgement.given, judgement.swaps, *vectors)
+        rate, columns = judge([draw], planted.pairs, SETTINGS, seed, whole_images=whole_images)
         far = reach(planted.pairs.num_images, planted.pairs.num_captions, SETTINGS)
         return rate, columns | look_around(*vectors, planted.pairs, far, seed)
 
@@ -243,7 +236,7 @@ def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, pla
     num = len(planted.pairs)
     own = {"noise_score": torch.linspace(-1, 1, num), "noise_probability": torch.linspace(0, 0.5, num)}
     vectors = trained.model.embed(planted.image_ID, planted.caption_CD)
-    rate, columns = judge(own, {}, *vectors, planted.pairs, SETTINGS, 0)
+    rate, columns = judge([Draw(own, {}, *vectors)], planted.pairs, SETTINGS, 0)
     assert torch.equal(columns["noise_score"], own["noise_score"])
     assert torch.equal(columns["noise_probability"], own["noise_probability"])
     assert rate.estimate == pytest.approx(0.25, abs=1e-3)

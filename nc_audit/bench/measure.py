@@ -19,7 +19,7 @@ from nc_audit.bench.corpus import Corrupted
 from nc_audit.calibrate import NoiseRate
 from nc_audit.model import Model
 from nc_audit.recipe import Recipe
-from nc_audit.score import judge
+from nc_audit.score import Draw, judge
 from nc_audit.train import Inputs, train
 
 
@@ -78,11 +78,12 @@ def run_recipe(
     )
     judgement = train(inputs, recipe.train)
     with torch.inference_mode():
-        vectors = judgement.model.to(place).embed(corrupted.image_ID, corrupted.caption_CD)
+        draws = [
+            Draw(one.given, one.swaps, *one.model.to(place).embed(corrupted.image_ID, corrupted.caption_CD))
+            for one in judgement.draws
+        ]
         rate, columns = judge(
-            judgement.given,
-            judgement.swaps,
-            *vectors,
+            draws,
             corrupted.pairs,
             recipe.score,
             recipe.train.seed,

@@ -9,7 +9,7 @@ Shapes: N = given pairs; S = known swaps; Q = quantiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -326,17 +326,26 @@ def noise_posterior(
         For the given pairs, shape [N], and for the swaps by the same rule, shape [S]: float64, 0..1,
         non-decreasing in the score. The given pairs' mean is near `rate`.
     """
+    given_N, swaps_S = _ratio_of_wrong(score_N, swap_score_S, rate, swaps_right, num_bins)
+    return (rate * given_N).clamp_max(1.0), (rate * swaps_S).clamp_max(1.0)
+
+
+def _ratio_of_wrong(
+    score_N: Tensor, swap_score_S: Tensor, rate: float, swaps_right: float, num_bins: int
+) -> tuple[Tensor, Tensor]:
+    """Density of the wrong swaps over that of the given pairs: see `noise_posterior`."""
     given_N, swaps_S = density_ratio(score_N, swap_score_S, num_bins)
     right = min(swaps_right, (1 - rate) / 2)
-    ratios = [given_N, swaps_S]
-    if right > 0:
-        ratios = [((1 - rate) * ratio - right) / (1 - rate - right) for ratio in ratios]
-    given_N, swaps_S = ((rate * ratio).clamp(0.0, 1.0) for ratio in ratios)
+    if right <= 0:
+        return given_N, swaps_S
+    given_N, swaps_S = (
+        (((1 - rate) * ratio - right) / (1 - rate - right)).clamp_min(0.0) for ratio in (given_N, swaps_S)
+    )
     return given_N, swaps_S
 
 
 def levelled_posterior(
-    score_N: Tensor, swap_score_S: Tensor, mean: float, num_bins: int = 2048
+    score_N: Tensor, swap_score_S: Tensor, mean: float, swaps_right: float = 0.0, num_bins: int = 2048
 ) -> tuple[Tensor, Tensor]:
     """Probability of each pair to be noise, of a given mean: the density ratio times what makes it so.
 
@@ -346,12 +355,13 @@ def levelled_posterior(
         score_N: scores of the given pairs, higher = noisier, shape [N].
         swap_score_S: scores of known swaps, shape [S].
         mean: of the given pairs' probabilities, 0..1.
-        num_bins: see `noise_posterior`.
+        swaps_right: see `noise_posterior`.
+        num_bins: likewise.
 
     Returns:
         As `noise_posterior`; the mean is lower where too few pairs score like any swap.
     """
-    given_N, swaps_S = density_ratio(score_N, swap_score_S, num_bins)
+    given_N, swaps_S = _ratio_of_wrong(score_N, swap_score_S, mean, swaps_right, num_bins)
     low, high = 0.0, 1.0
     while float((high * given_N).clamp_max(1.0).mean()) < mean and high < 1e6:
         high *= 2
@@ -455,9 +465,9 @@ class Evidence:
         given, swaps = noise_posterior(self.given_N, self.swaps_S, rate, swaps_right)
         return Evidence(given.float(), swaps.float())
 
-    def levelled(self, mean: float) -> Evidence:
+    def levelled(self, mean: float, swaps_right: float = 0.0) -> Evidence:
         """Noise probability of given pairs, of this mean, and of swaps by the same rule, float32, 0..1."""
-        given, swaps = levelled_posterior(self.given_N, self.swaps_S, mean)
+        given, swaps = levelled_posterior(self.given_N, self.swaps_S, mean, swaps_right)
         return Evidence(given.float(), swaps.float())
 
 
@@ -477,3 +487,27 @@ def fused(*evidence: Evidence) -> Evidence:
     for one in evidence[1:]:
         total = total + one.standardised()
     return total
+
+
+def pooled(evidence: Sequence[Evidence], noise_N: Tensor) -> Evidence:
+    """Evidence of several draws of known swaps on the same pairs as one: the mean of each pair, the swaps of all draws.
+
+    A given pair is scored in every draw, a swap in its own alone, and means vary less. With v the variance of a noisy
+    pair's score from draw to draw, in units of the swaps' variance, the mean of T scores has 1 - (1 - 1 / T) v of the
+    variance of one; so the swaps are drawn together about their mean.
+
+    Args:
+        evidence: of each draw, T of them, higher = noisier.
+        noise_N: noise probability of each given pair, which says how far it counts in v, shape [N], 0..1.
+
+    Returns:
+        In standard deviations of single swaps; the swaps of all draws, one draw after the other.
+    """
+    drawn = [one.standardised() for one in evidence]
+    given_TN = torch.stack([one.given_N for one in drawn])
+    swaps = torch.cat([one.swaps_S for one in drawn])
+    total = noise_N.sum()
+    if len(drawn) > 1 and total > 0:
+        spread = float((given_TN.var(0) * noise_N).sum() / total)
+        swaps = swaps * max(0.0, 1 - (1 - 1 / len(drawn)) * min(1.0, spread)) ** 0.5
+    return Evidence(given_TN.mean(0), swaps)

@@ -297,6 +297,7 @@ class Judgement:
         facts: JSON-able values for the manifest.
         trajectory: per epoch; may be empty.
         model: for ranks, best matches and retrieval.
+        again: the same of further draws of known swaps, each with a training of its own.
     """
 
     given: dict[str, Tensor]
@@ -304,6 +305,12 @@ class Judgement:
     facts: dict[str, Any]
     trajectory: Trajectory
     model: Model
+    again: tuple[Judgement, ...] = ()
+
+    @property
+    def draws(self) -> tuple[Judgement, ...]:
+        """All draws, this one first."""
+        return self, *self.again
 
 
 def columns_of(matches: Matches, num_candidates: int) -> dict[str, Tensor]:

@@ -20,14 +20,14 @@ M = candidates; E = epochs; D = dimensions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nc_audit.calibrate import by_image, combine_held_out, strikes_whole_images
+from nc_audit.calibrate import NoiseRate, by_image, combine_held_out, strikes_whole_images
 from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
@@ -52,6 +52,10 @@ from nc_audit.train.loop import (
 )
 
 MIN_WEIGHT = 0.001
+_SEEDS_APART = 10_000  # of two draws
+_HARDLY_NOISY = 0.03  # a rate below which one draw is enough
+_PLAIN = 0.985  # an expected AUROC above which it is
+_DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
 _MOST_FITTED = 65_536  # pairs of a Gaussian in the first look, evenly drawn
 
 
@@ -395,7 +399,7 @@ def train_final(
 class Trained:
     """Everything the method has learnt, per distinct pair and per known swap, and the final heads.
 
-    `swaps` are the known swaps that sat in every step of the training.
+    `swaps` are the known swaps that sat in every step of the training, `rate` the noise rate by held-out evidence.
     """
 
     first: FirstLook
@@ -404,6 +408,7 @@ class Trained:
     model: Model
     swaps: Pairs
     whole_images: bool
+    rate: NoiseRate
     untrained: Evidence | None = None
 
     def judgement(self, num_candidates: int) -> Judgement:
@@ -439,19 +444,28 @@ class Trained:
         return Judgement(given, swaps, facts, folds.trajectory, self.model)
 
 
-def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Trained:
+def train_robustly(
+    inputs: Inputs,
+    settings: TrainSection,
+    progress: Progress = silent,
+    *,
+    draw: int = 0,
+    whole_images: bool | None = None,
+) -> Trained:
     """The three steps of the method on frozen embeddings.
 
     Args:
         inputs: frozen embeddings, pairs, candidates.
         settings: the recipe's `train` section.
         progress: told what is trained and how far.
+        draw: each has known swaps, folds and heads of its own.
+        whole_images: whether noise strikes whole images; found out where it is not given.
 
     Raises:
         DatasetError: an image carries nearly every caption, so that it cannot be mismatched.
         TrainingError: a loss is not finite.
     """
-    pairs, seed = inputs.pairs, settings.seed
+    pairs, seed = inputs.pairs, settings.seed + _SEEDS_APART * draw
     generator = torch.Generator().manual_seed(seed)
     look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
 
@@ -464,8 +478,10 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
         first = first_look(inputs.image_ID, inputs.caption_CD, pairs, swaps, look_fold_T, settings)
         return joined(first, untrained), untrained, swaps, torch.cat([fold_N, fold_N[place_S]])
 
-    first, untrained, swaps, fold_T = look(torch.arange(len(pairs)), whole_images=False)
-    whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
+    if not whole_images:
+        first, untrained, swaps, fold_T = look(torch.arange(len(pairs)), whole_images=False)
+    if whole_images is None:
+        whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
     if whole_images:
         first, untrained, swaps, fold_T = look(pairs.image_N, whole_images=True)
     posterior = first.evidence.posterior(first.rate)
@@ -505,7 +521,7 @@ def train_robustly(inputs: Inputs, settings: TrainSection, progress: Progress = 
             evidence = by_image(evidence, pairs.image_N, swaps.image_N)
         noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
-    return Trained(first, folds, final, model, swaps, whole_images, untrained)
+    return Trained(first, folds, final, model, swaps, whole_images, held_out.rate, untrained)
 
 
 def _planted(
@@ -537,8 +553,36 @@ def _planted(
 
 
 def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:
-    """Train by this method; see `train_robustly`."""
-    return train_robustly(inputs, settings, progress).judgement(len(inputs.candidates.caption_M))
+    """Train by this method, with one draw of known swaps or several; see `train_robustly` and `num_draws`.
+
+    Which pairs are burdened by a swap, and which fold they fall into, is chance, and with few pairs it tells. Further
+    draws follow the first in whether whole images are wrong.
+    """
+    num_candidates = len(inputs.candidates.caption_M)
+    first = train_robustly(inputs, settings, progress)
+    num = num_draws(settings, len(inputs.pairs), first.rate)
+    again = []
+    for draw in range(1, num):
+
+        def told(what: str, done: int, total: int, draw: int = draw) -> None:
+            progress(f"{what}, draw {draw + 1} of {num}", done, total)
+
+        further = train_robustly(inputs, settings, told, draw=draw, whole_images=first.whole_images)
+        again.append(further.judgement(num_candidates))
+    return replace(first.judgement(num_candidates), again=tuple(again))
+
+
+def num_draws(settings: TrainSection, num_pairs: int, rate: NoiseRate) -> int:
+    """How many draws of known swaps to train with, given the held-out rate of the first one.
+
+    One where nothing can be told, where hardly anything is noisy, or where noise is plain to see; else the more, the
+    fewer pairs there are.
+    """
+    if settings.draws:
+        return settings.draws
+    if rate.is_blind or rate.estimate < _HARDLY_NOISY or rate.expected_auroc > _PLAIN:
+        return 1
+    return next((num for most, num in _DRAWS if num_pairs <= most), 1)
 
 
 def _check_swaps(image_N: Tensor, caption_N: Tensor) -> None:

@@ -31,7 +31,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     from nc_audit.recipe import ScoreSection, TrainSection
     from nc_audit.rivals import look_around, reach
     from nc_audit.schema import PAIRS
-    from nc_audit.score import judge
+    from nc_audit.score import Draw, judge
     from nc_audit.train import Inputs, train
 
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     trained = time.perf_counter()
     with torch.inference_mode():
         vectors = judgement.model.to(device).embed(image, caption)
-        rate, columns = judge(judgement.given, judgement.swaps, *vectors, pairs, scoring, 0)
+        rate, columns = judge([Draw(judgement.given, judgement.swaps, *vectors)], pairs, scoring, 0)
         judged = time.perf_counter()
         far = reach(num_images, num_pairs, scoring, device)
         best = look_around(*vectors, pairs, far, 0)

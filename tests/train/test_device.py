@@ -6,18 +6,17 @@ keeps its tensors apart as a GPU does, so that whatever is left behind on the wr
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from planted import QUICK, planted_set
 
 from nc_audit.recipe import ScoreSection
-from nc_audit.score import judge, look_around
+from nc_audit.rivals import Reach, look_around
+from nc_audit.score import Draw, judge
 from nc_audit.train import Inputs, train
 
 SETTINGS = QUICK.model_copy(update={"steps": 24, "epochs": 6, "pace_from": 2, "final_rounds": 1})
-SCORING = ScoreSection(candidates=64, references=200, rank_candidates=150)  # type: ignore[call-arg]
+SCORING = ScoreSection(candidates=64, references=200)  # type: ignore[call-arg]
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def audited(planted, device: str, precision: str):
     with torch.no_grad():
         vectors = judgement.model.to(device).embed(planted.image_ID, planted.caption_CD)
         whole = judgement.facts["whole_images"]
-        ask = partial(judge, judgement.given, judgement.swaps, *vectors, planted.pairs, SCORING, 0)
-        rate, columns = ask(whole_images=whole)
-        around = look_around(*vectors, planted.pairs, SCORING, 0)
+        draw = Draw(judgement.given, judgement.swaps, *vectors)
+        rate, columns = judge([draw], planted.pairs, SCORING, 0, whole_images=whole)
+        around = look_around(*vectors, planted.pairs, Reach(150), 0)
     return inputs, vectors, rate, judgement.given | judgement.swaps | columns | around
 
 
