@@ -23,8 +23,11 @@ from nc_audit.methods.known_swaps import (
 from nc_audit.methods.tail_rates import RATE_TAILS, rates_by_two_rules
 
 WEAK_AUROC = 0.85
-IMAGE_MODE_CORRELATION = 0.5
-IMAGE_MODE_MIN_RATE = 0.03
+_LEAST_RATE = 0.03  # below it nothing is said about how noise strikes
+_ALL_BY_IMAGE = 0.8  # correlation of being noise within an image from which all noise counts as whole images
+_SOME_BY_IMAGE = (
+    0.2  # correlation of the posterior within an image up to which none does: some images are hard
+)
 _CLUSTERING = 1.25
 _FEW_IMAGES = (
     40.0  # over their number: how far off a rate by swapped images may be, beside what its interval says
@@ -33,16 +36,33 @@ _RULES = (2 / 3, 1 / 3)  # how much each of `rates_by_two_rules` counts
 _LOOKS = (1 / 4, 3 / 4)  # and each of two looks, the second of them held out
 
 
-def strikes_whole_images(posterior_N: Tensor, rate: float, image_N: Tensor) -> bool:
-    """Whether noise seems to strike all captions of an image together, rather than pair by pair.
+def share_by_image(posterior_N: Tensor, rate: float, image_N: Tensor) -> float:
+    """Share of the noise that strikes all captions of an image together, as against pair by pair.
+
+    A calibrated posterior p varies by a share b of r (1 - r), what being noise varies by, and two captions' posteriors
+    are as much less alike within an image as b is below 1; so the correlation of being noise is that of p over b.
+    Where a share i of the images is wrong as a whole, and other pairs one by one, it is i (1 - r) / ((1 - i) r).
 
     Args:
         posterior_N: noise probability of the first look, shape [N].
         rate: its noise rate, 0..1.
         image_N: index of each pair's image, shape [N].
+
+    Returns:
+        0..1; 0 where little is noisy, where images have one caption each, or where it cannot be told from hard images.
     """
-    correlation = intra_image_correlation(posterior_N, image_N)
-    return correlation > IMAGE_MODE_CORRELATION and rate > IMAGE_MODE_MIN_RATE
+    posterior = posterior_N.double()
+    mean, variance = float(posterior.mean()), float(posterior.var(correction=0))
+    if rate <= _LEAST_RATE or variance <= 0:
+        return 0.0
+    alike = intra_image_correlation(posterior, image_N)
+    correlation = alike * mean * (1 - mean) / variance
+    if alike <= _SOME_BY_IMAGE:
+        return 0.0
+    if correlation >= _ALL_BY_IMAGE:
+        return 1.0
+    odds = correlation * mean / (1 - mean)
+    return min(1.0, odds / (1 + odds) / mean)
 
 
 def image_mean(value_N: Tensor, image_N: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from nc_audit.calibrate import (
     combine_held_out,
     corrected_by_people,
     image_mean,
+    mean_rate,
     noise_rate,
-    strikes_whole_images,
+    share_by_image,
 )
 from nc_audit.methods.known_swaps import Evidence
 
@@ -134,14 +135,57 @@ def test_calibrated_probability_means_near_the_rate():
 # --- whole images
 
 
+@pytest.mark.parametrize("gap", [1.5, 4.0])
 @pytest.mark.parametrize(
     ("rate", "whole", "expected"),
-    [(0.3, True, True), (0.3, False, False), (0.02, True, False), (0.0, True, False)],
+    [(0.3, True, 1), (0.7, True, 1), (0.3, False, 0), (0.7, False, 0), (0.02, True, 0), (0.0, True, 0)],
 )
-def test_whole_image_noise_is_noticed(rate, whole, expected):
-    evidence, image = mixture(rate, 0, gap=4.0, whole_images=whole)
-    posterior = evidence.posterior(evidence.rate()).given_N
-    assert strikes_whole_images(posterior, rate, image) is expected
+def test_whole_image_noise_is_noticed_however_good_the_evidence(gap, rate, whole, expected):
+    evidence, image = mixture(rate, 0, gap=gap, whole_images=whole)
+    posterior = evidence.posterior(rate).given_N
+    assert share_by_image(posterior, rate, image) == pytest.approx(expected, abs=0.15)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.65])
+def test_of_a_mixture_the_share_that_strikes_whole_images_is_told(share):
+    rate, num, per_image = 0.4, 4000, 5
+    generator = torch.Generator().manual_seed(1)
+    image = torch.arange(num * per_image) // per_image
+    whole = (torch.rand(num, generator=generator) < share * rate)[image]
+    single = torch.rand(len(image), generator=generator) < (1 - share) * rate / (1 - share * rate)
+    noisy = whole | single
+    given = torch.randn(len(image), generator=generator) + 3.5 * noisy
+    evidence = Evidence(given, torch.randn(len(image), generator=generator) + 3.5)
+    assert share_by_image(evidence.posterior(rate).given_N, rate, image) == pytest.approx(share, abs=0.1)
+
+
+def test_images_of_one_caption_each_say_nothing_of_how_noise_strikes():
+    evidence, image = mixture(0.4, 0, per_image=1)
+    assert share_by_image(evidence.posterior(0.4).given_N, 0.4, image) == 0
+
+
+# --- several draws
+
+
+def test_the_mean_of_rates_is_blind_where_most_are():
+    seeing = NoiseRate(0.2, 0.1, 0.4, 0.9, 0.9, False, swaps_right=0.02)
+    other = NoiseRate(0.4, 0.2, 0.5, 0.9, 0.8, False, swaps_right=0.04)
+    blind = NoiseRate(0.9, 0.0, 1.0, 0.9, float("nan"), True)
+    both = mean_rate([seeing, other])
+    assert (both.estimate, both.low, both.high) == pytest.approx((0.3, 0.15, 0.45))
+    assert (both.expected_auroc, both.swaps_right) == pytest.approx((0.85, 0.03))
+    assert mean_rate([seeing, blind, other]) == both
+    assert mean_rate([seeing, blind]).is_blind
+    assert mean_rate([seeing]) == seeing
+
+
+def test_other_evidence_states_another_auroc_at_the_same_rate():
+    rate = noise_of(*mixture(0.3, 0, gap=1.5))
+    better = rate.separating(mixture(0.3, 0, gap=3.0)[0])
+    assert better.expected_auroc > rate.expected_auroc + 0.05
+    assert (better.estimate, better.low, better.high) == (rate.estimate, rate.low, rate.high)
+    blind = NoiseRate(0.9, 0.0, 1.0, 0.9, float("nan"), True)
+    assert blind.separating(mixture(0.3, 0)[0]) is blind
 
 
 def test_image_mean():

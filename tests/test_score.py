@@ -212,6 +212,27 @@ def test_the_rate_is_the_mean_of_two_looks_and_its_interval_knows_how_they_diffe
     assert rate.high - rate.low >= abs(other - held_out.rate.estimate)
 
 
+def test_several_draws_find_more_than_one(planted):
+    settings = QUICK.model_copy(update={"steps": 60, "final_rounds": 1, "draws": 3})
+    judgement = train(inputs_of(planted, settings, 300), settings)
+    with torch.inference_mode():
+        draws = [
+            Draw(one.given, one.swaps, *one.model.embed(planted.image_ID, planted.caption_CD))
+            for one in judgement.draws
+        ]
+        found = [judge(some, planted.pairs, SETTINGS, 0) for some in ([one] for one in draws)]
+        rate, columns = judge(draws, planted.pairs, SETTINGS, 0)
+    noisy = planted.is_noisy_N
+
+    def auroc(columns: dict[str, torch.Tensor]) -> float:
+        return swaps_auroc(columns["noise_score"][~noisy], columns["noise_score"][noisy])
+
+    assert auroc(columns) > sum(auroc(one) for _, one in found) / 3
+    assert columns["noise_probability"].mean().item() == pytest.approx(rate.estimate, abs=0.01)
+    assert rate.low < noisy.double().mean() < rate.high
+    assert rate.estimate == pytest.approx(noisy.double().mean().item(), abs=0.05)
+
+
 @pytest.mark.parametrize(("blur", "gain"), [(0.5, 0.0), (2.0, -0.003), (None, -0.003)])
 def test_aligned_encoders_own_cosine_helps_or_does_no_harm(blur, gain):
     # One space for both sides: good, poor, or of nothing but chance (None).

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nc_audit.calibrate import NoiseRate, by_image, combine_held_out, strikes_whole_images
+from nc_audit.calibrate import NoiseRate, by_image, combine_held_out, share_by_image
 from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
@@ -399,7 +399,8 @@ def train_final(
 class Trained:
     """Everything the method has learnt, per distinct pair and per known swap, and the final heads.
 
-    `swaps` are the known swaps that sat in every step of the training, `rate` the noise rate by held-out evidence.
+    `swaps` are the known swaps that sat in every step of the training. `by_image_share` of them, and of the noise by
+    what the first look says, are of whole images. `rate` is the noise rate by held-out evidence.
     """
 
     first: FirstLook
@@ -407,7 +408,7 @@ class Trained:
     final: Final
     model: Model
     swaps: Pairs
-    whole_images: bool
+    by_image_share: float
     rate: NoiseRate
     untrained: Evidence | None = None
 
@@ -437,7 +438,8 @@ class Trained:
             swaps["zero_shot_loss"] = self.untrained.swaps_S
         facts = {
             "first_look_rate": round(first.rate, 6),
-            "whole_images": self.whole_images,
+            "whole_images": self.by_image_share == 1,
+            "by_image_share": round(self.by_image_share, 6),
             "logit_scale": round(folds.scale, 6),
             "num_candidates": num_candidates,
         }
@@ -450,7 +452,7 @@ def train_robustly(
     progress: Progress = silent,
     *,
     draw: int = 0,
-    whole_images: bool | None = None,
+    by_image_share: float | None = None,
 ) -> Trained:
     """The three steps of the method on frozen embeddings.
 
@@ -459,7 +461,7 @@ def train_robustly(
         settings: the recipe's `train` section.
         progress: told what is trained and how far.
         draw: each has known swaps, folds and heads of its own.
-        whole_images: whether noise strikes whole images; found out where it is not given.
+        by_image_share: share of the noise that strikes whole images, 0..1; found out where it is not given.
 
     Raises:
         DatasetError: an image carries nearly every caption, so that it cannot be mismatched.
@@ -469,21 +471,24 @@ def train_robustly(
     generator = torch.Generator().manual_seed(seed)
     look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
 
-    def look(group_N: Tensor, *, whole_images: bool) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
-        fold_N = assign_folds(group_N, settings.folds, generator)
-        block_N = look_fold_N * settings.folds + fold_N
-        swaps, place_S = _planted(pairs, block_N, settings, generator, whole_images=whole_images)
+    def look(share: float) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
+        fold_N = assign_folds(
+            pairs.image_N if share == 1 else torch.arange(len(pairs)), settings.folds, generator
+        )
+        swaps, place_S = _planted(pairs, look_fold_N, fold_N, settings, generator, share)
         untrained = zero_shot(inputs, swaps)
         look_fold_T = torch.cat([look_fold_N, look_fold_N[place_S]])
         first = first_look(inputs.image_ID, inputs.caption_CD, pairs, swaps, look_fold_T, settings)
         return joined(first, untrained), untrained, swaps, torch.cat([fold_N, fold_N[place_S]])
 
-    if not whole_images:
-        first, untrained, swaps, fold_T = look(torch.arange(len(pairs)), whole_images=False)
-    if whole_images is None:
-        whole_images = strikes_whole_images(first.posterior_N, first.rate, pairs.image_N)
-    if whole_images:
-        first, untrained, swaps, fold_T = look(pairs.image_N, whole_images=True)
+    if by_image_share is None:
+        first, untrained, swaps, fold_T = look(0.0)
+        by_image_share = share_by_image(first.posterior_N, first.rate, pairs.image_N)
+        if by_image_share > 0:
+            first, untrained, swaps, fold_T = look(by_image_share)
+    else:
+        first, untrained, swaps, fold_T = look(by_image_share)
+    whole_images = by_image_share == 1
     posterior = first.evidence.posterior(first.rate)
     prior_T = (1 - torch.cat([posterior.given_N, posterior.swaps_S])).clamp_min(MIN_WEIGHT)
     num = len(pairs)
@@ -521,42 +526,52 @@ def train_robustly(
             evidence = by_image(evidence, pairs.image_N, swaps.image_N)
         noise = evidence.posterior(evidence.rate())
     model = Model(final.heads, inputs.image_projection, inputs.caption_projection)
-    return Trained(first, folds, final, model, swaps, whole_images, held_out.rate, untrained)
+    return Trained(first, folds, final, model, swaps, by_image_share, held_out.rate, untrained)
 
 
 def _planted(
     pairs: Pairs,
-    block_N: Tensor,
+    look_fold_N: Tensor,
+    fold_N: Tensor,
     settings: TrainSection,
     generator: torch.Generator,
-    *,
-    whole_images: bool,
+    by_image_share: float,
 ) -> tuple[Pairs, Tensor]:
-    """Known swaps within blocks in the places of some pairs, and these places, [S].
+    """Known swaps of single pairs and of whole images, as the noise is of both, and the places they take, [S].
 
-    Swapped images are planted whole, so that their captions stand or fall together as those of wrong images do.
+    Swapped images are planted whole, so that their captions stand or fall together as those of wrong images do. All
+    stay within the folds they are scored in.
     """
     given = (pairs.image_N, pairs.caption_N, pairs.num_captions)
-    image_N = pairs.image_N
-    if whole_images:
-        image_N, caption_N = known_swaps.draw_image_swaps(*given, generator, block_N)
-    else:
-        caption_N = known_swaps.draw_swaps(*given, generator, block_N)
-    _check_swaps(image_N, caption_N)
-    group_N = image_N if whole_images else torch.arange(len(pairs))
-    groups = group_N.unique()
-    chosen = torch.randperm(len(groups), generator=generator)
-    chosen = chosen[: max(1, round(settings.planted_share * len(groups)))]
-    place_S = torch.isin(group_N, groups[chosen]).nonzero().squeeze(1)
-    swaps = Pairs(image_N[place_S], caption_N[place_S], pairs.num_images, pairs.num_captions)
-    return swaps, place_S
+    num, images = len(pairs), pairs.image_N.unique()
+    share = settings.planted_share
+    is_whole = torch.zeros(num, dtype=torch.bool)
+    image_N, caption_N = pairs.image_N.clone(), pairs.caption_N.clone()
+    if by_image_share > 0:
+        block_N = look_fold_N * settings.folds + fold_N if by_image_share == 1 else look_fold_N
+        swapped_image_N, swapped_caption_N = known_swaps.draw_image_swaps(*given, generator, block_N)
+        _check_swaps(swapped_image_N, swapped_caption_N)
+        taken = torch.randperm(len(images), generator=generator)
+        taken = images[taken[: max(1, round(share * by_image_share * len(images)))]]
+        is_whole = torch.isin(swapped_image_N, taken)
+        image_N = torch.where(is_whole, swapped_image_N, image_N)
+        caption_N = torch.where(is_whole, swapped_caption_N, caption_N)
+    place_S = is_whole.nonzero().squeeze(1)
+    if by_image_share < 1:
+        swapped_caption_N = known_swaps.draw_swaps(*given, generator, look_fold_N * settings.folds + fold_N)
+        _check_swaps(pairs.image_N, swapped_caption_N)
+        order = torch.randperm(num, generator=generator)
+        single = order[~is_whole[order]][: max(1, round(share * num) - len(place_S))]
+        caption_N[single] = swapped_caption_N[single]
+        place_S = torch.cat([place_S, single]).sort().values
+    return Pairs(image_N[place_S], caption_N[place_S], pairs.num_images, pairs.num_captions), place_S
 
 
 def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress = silent) -> Judgement:
     """Train by this method, with one draw of known swaps or several; see `train_robustly` and `num_draws`.
 
     Which pairs are burdened by a swap, and which fold they fall into, is chance, and with few pairs it tells. Further
-    draws follow the first in whether whole images are wrong.
+    draws follow the first in how much of the noise strikes whole images.
     """
     num_candidates = len(inputs.candidates.caption_M)
     first = train_robustly(inputs, settings, progress)
@@ -567,7 +582,7 @@ def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress 
         def told(what: str, done: int, total: int, draw: int = draw) -> None:
             progress(f"{what}, draw {draw + 1} of {num}", done, total)
 
-        further = train_robustly(inputs, settings, told, draw=draw, whole_images=first.whole_images)
+        further = train_robustly(inputs, settings, told, draw=draw, by_image_share=first.by_image_share)
         again.append(further.judgement(num_candidates))
     return replace(first.judgement(num_candidates), again=tuple(again))
 

@@ -25,6 +25,7 @@ from nc_audit.methods.known_swaps import (
     levelled_posterior,
     noise_posterior,
     noise_rate,
+    pooled,
     right_by_chance,
     standardise,
     swaps_auroc,
@@ -362,6 +363,18 @@ def test_levelled_posterior_is_calibrated_where_swaps_score_a_little_too_high(ra
     assert levelled < plain
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.8])
+def test_levelled_posterior_is_calibrated_where_some_swaps_are_right(rate):
+    score, swaps = mixture(rate, 3, gap=2.5)
+    right = 0.05
+    swaps[: round(right * len(swaps))] -= 2.5
+    noisy = torch.arange(len(score)) < rate * len(score)
+    told, untold = (levelled_posterior(score, swaps, rate, share)[0] for share in (right, 0.0))
+    off = [(noisy[one < 0.3].float().mean() - one[one < 0.3].mean()).abs() for one in (told, untold)]
+    assert off[0] < 0.02
+    assert off[1] > off[0]
+
+
 @given(strategies.scores(min_size=2), strategies.scores(min_size=2), rates, strategies.seeds)
 def test_posterior_follows_the_order_of_pairs(score, swaps, rate, seed):
     order = torch.randperm(len(score), generator=generator(seed))
@@ -420,3 +433,59 @@ def test_evidence_speaks_of_its_own_rate_and_posterior():
     posterior = evidence.posterior(0.3)
     assert posterior.given_N.dtype == torch.float32
     np.testing.assert_allclose(posterior.given_N, noise_posterior(score, swaps, 0.3)[0], atol=1e-7)
+
+
+# --- several draws
+
+
+def drawn(num_draws: int, steady: float, rate: float = 0.4, num: int = 20_000):
+    """Evidence of several draws: what is steady from draw to draw, and what is not; and the truth."""
+    noisy = torch.arange(num) < rate * num
+    own = torch.randn(num, generator=generator(0))
+    several = []
+    for draw in range(num_draws):
+        given_pairs, swaps = (torch.randn(num, generator=generator(10 + 2 * draw + at)) for at in range(2))
+        swaps = steady**0.5 * torch.randn(num, generator=generator(90 + draw)) + (1 - steady) ** 0.5 * swaps
+        several.append(
+            Evidence(steady**0.5 * own + (1 - steady) ** 0.5 * given_pairs + 2.5 * noisy, swaps + 2.5)
+        )
+    return several, noisy
+
+
+@pytest.mark.parametrize("num_draws", [2, 4])
+@pytest.mark.parametrize("steady", [0.5, 0.9])
+def test_pooled_swaps_vary_as_the_means_of_noisy_pairs_do(num_draws, steady):
+    several, noisy = drawn(num_draws, steady)
+    one = pooled(several, noisy.double())
+    assert one.swaps_S.std() == pytest.approx(one.given_N[noisy].std().item(), rel=0.03)
+    assert one.swaps_S.mean() == pytest.approx(one.given_N[noisy].mean().item(), abs=0.03)
+    assert len(one.swaps_S) == num_draws * len(several[0].swaps_S)
+
+
+def test_several_draws_tell_noise_better_and_stay_calibrated():
+    several, noisy = drawn(4, 0.5)
+    one = pooled(several, several[0].posterior(0.4).given_N)
+    assert swaps_auroc(one.given_N[~noisy], one.given_N[noisy]) > 0.015 + swaps_auroc(
+        several[0].given_N[~noisy], several[0].given_N[noisy]
+    )
+    posterior = one.levelled(0.4).given_N
+    for low in np.arange(0, 1, 0.2):
+        inside = (posterior >= low) & (posterior < low + 0.2)
+        if inside.sum() > 300:
+            assert noisy[inside].float().mean() == pytest.approx(posterior[inside].mean().item(), abs=0.06)
+
+
+def test_one_draw_is_pooled_as_it_is():
+    (only,), _ = drawn(1, 0.5, num=100)
+    one = pooled([only], torch.rand(100, generator=generator()))
+    assert torch.equal(one.given_N, only.standardised().given_N)
+    assert torch.equal(one.swaps_S, only.standardised().swaps_S)
+
+
+@given(strategies.seeds, st.integers(2, 4))
+def test_the_order_of_draws_does_not_matter(seed, num_draws):
+    several = [Evidence(*mixture(0.3, seed % 1000 + at, 60)) for at in range(num_draws)]
+    weight = torch.rand(60, generator=generator(seed))
+    one, other = pooled(several, weight), pooled(several[::-1], weight)
+    torch.testing.assert_close(one.given_N, other.given_N)
+    torch.testing.assert_close(one.swaps_S.sort().values, other.swaps_S.sort().values)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from planted import QUICK, Planted, inputs_of, planted_set
 
+from nc_audit.calibrate import NoiseRate
 from nc_audit.errors import DatasetError, TrainingError
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import swaps_auroc
@@ -18,9 +19,11 @@ from nc_audit.train.self_paced import (
     _planted,
     assign_folds,
     first_look,
+    num_draws,
     pace,
     train_folds,
     train_robustly,
+    train_self_paced,
 )
 
 
@@ -47,7 +50,7 @@ def test_later_weights_and_the_first_posterior_know_the_noise(trained: Trained, 
     assert auroc(-trained.folds.trajectory.weights[-1], planted) > 0.9
     assert trained.first.rate == pytest.approx(planted.is_noisy_N.double().mean().item(), abs=0.1)
     assert auroc(-trained.first.variation_N, planted) > 0.9
-    assert trained.whole_images is False
+    assert trained.by_image_share == 0
 
 
 def test_the_named_parts_are_what_their_names_say(trained: Trained, planted):
@@ -143,7 +146,8 @@ def test_swaps_score_like_noise_where_few_pairs_are_mostly_noise():
         image_ID, caption_CD, pairs, is_noisy_N = classes_of_images(seed)
         generator = torch.Generator().manual_seed(seed)
         fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
-        swaps, place_S = _planted(pairs, fold_N, settings, generator, whole_images=False)
+        whole = torch.zeros_like(fold_N)  # one fold
+        swaps, place_S = _planted(pairs, fold_N, whole, settings, generator, 0.0)
         fold_T = torch.cat([fold_N, fold_N[place_S]])
         found = first_look(image_ID, caption_CD, pairs, swaps, fold_T, settings)
         exchange.append(swaps_auroc(found.evidence.given_N[is_noisy_N], found.evidence.swaps_S))
@@ -212,12 +216,33 @@ def test_whole_image_noise_is_noticed_and_images_are_planted_whole():
     struck = planted_set(200, 3, 0.4, whole_images=True)
     inputs = inputs_of(struck, QUICK, 200)
     found = train_robustly(inputs, QUICK)
-    assert found.whole_images is True
+    assert found.by_image_share == 1
     assert auroc(found.folds.loss.given_N, struck) > 0.9
     chosen = found.swaps.image_N.unique()
     per_image = torch.bincount(struck.pairs.image_N)
     assert len(chosen) == round(QUICK.planted_share * len(per_image))
     assert len(found.swaps) == per_image[chosen].sum(), "an image's swaps are planted together"
+
+
+def test_swaps_of_single_pairs_and_of_whole_images_stay_within_their_folds():
+    pairs = planted_set(300, 3, 0.0).pairs
+    settings = QUICK.model_copy(update={"planted_share": 0.4})
+    drawing = torch.Generator().manual_seed(0)
+    look_fold_N = assign_folds(pairs.image_N, 5, drawing)
+    fold_N = assign_folds(torch.arange(len(pairs)), 3, drawing)
+    swaps, place_S = _planted(pairs, look_fold_N, fold_N, settings, drawing, 0.5)
+    assert len(swaps) == len(place_S) == len(place_S.unique()) == round(0.4 * 900)
+    given_pairs = set(zip(pairs.image_N.tolist(), pairs.caption_N.tolist(), strict=True))
+    assert not given_pairs & set(zip(swaps.image_N.tolist(), swaps.caption_N.tolist(), strict=True))
+    look_fold_I = torch.empty(300, dtype=torch.long)
+    look_fold_I[pairs.image_N] = look_fold_N
+    assert torch.equal(look_fold_I[swaps.image_N], look_fold_N[place_S]), "its image is held out with it"
+    # Half of them by whole images: all three captions of one other image.
+    whole = 0
+    for image in swaps.image_N.unique().tolist():
+        donors = pairs.image_N[swaps.caption_N[swaps.image_N == image]]
+        whole += len(donors) >= 3 and bool((torch.bincount(donors).max() == 3).item())
+    assert whole == pytest.approx(0.5 * 0.4 * 300, abs=6)
 
 
 @pytest.mark.parametrize(("num", "folds"), [(12, 3), (100, 7), (5, 5)])
@@ -227,6 +252,47 @@ def test_folds_are_even_and_keep_groups_together(num, folds):
     assert torch.equal(fold[::2], fold[1::2])
     sizes = torch.bincount(fold, minlength=folds)
     assert sizes.max() - sizes.min() <= 2
+
+
+# --- several draws
+
+
+def found_rate(estimate: float = 0.3, auroc: float = 0.9, *, is_blind: bool = False) -> NoiseRate:
+    return NoiseRate(estimate, 0.0, 1.0, 0.9, auroc, is_blind)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "rate", "expected"),
+    [
+        (700, found_rate(), 4),
+        (10_000, found_rate(), 2),
+        (100_000, found_rate(), 1),
+        (700, found_rate(0.01), 1),
+        (700, found_rate(auroc=0.99), 1),
+        (700, found_rate(auroc=float("nan"), is_blind=True), 1),
+    ],
+)
+def test_few_pairs_that_are_hard_to_tell_get_several_draws(num_pairs, rate, expected):
+    settings = TrainSection()  # type: ignore[call-arg]
+    assert num_draws(settings, num_pairs, rate) == expected
+    assert num_draws(settings.model_copy(update={"draws": 3}), num_pairs, rate) == 3
+
+
+def test_draws_differ_in_their_swaps_agree_in_how_noise_strikes_and_each_has_heads():
+    struck = planted_set(120, 3, 0.4, whole_images=True)
+    settings = QUICK.model_copy(update={"draws": 2, "steps": 24, "final_rounds": 1})
+    told = []
+    inputs = inputs_of(struck, settings, 100)
+    first = train_self_paced(inputs, settings, lambda what, done, total: told.append(what))
+    assert len(first.again) == 1
+    one, other = first.draws
+    assert not torch.equal(one.swaps["caption"], other.swaps["caption"])
+    assert one.facts["by_image_share"] == other.facts["by_image_share"] == 1
+    assert not torch.equal(one.given["final_loss"], other.given["final_loss"])
+    assert "train, draw 2 of 2" in told
+    alone = train_self_paced(inputs, settings.model_copy(update={"draws": 1}))
+    assert torch.equal(alone.given["final_loss"], one.given["final_loss"])
+    assert alone.again == ()
 
 
 # --- the pace
