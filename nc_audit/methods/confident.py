@@ -97,10 +97,12 @@ def fit_softmax(
         raise ShapeError("counts", f"{len(vectors_VD)}, K", counts_VK.shape)
     num_D, num_K = vectors_VD.shape[1], counts_VK.shape[1]
     total = counts_VK.sum().clamp_min(1.0)
-    weight_DK = vectors_VD.new_zeros((num_D, num_K), requires_grad=True)
+    # Weights in units in which a heavy penalty curves no more than the rest: L-BFGS stops early where it does.
+    unit = float(1 + penalty / total) ** -0.5
+    scaled_DK = vectors_VD.new_zeros((num_D, num_K), requires_grad=True)
     intercept_K = vectors_VD.new_zeros(num_K, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight_DK, intercept_K],
+        [scaled_DK, intercept_K],
         max_iter=max_rounds,
         tolerance_grad=1e-5,
         tolerance_change=1e-7,
@@ -110,6 +112,7 @@ def fit_softmax(
 
     def objective() -> Tensor:
         solver.zero_grad()
+        weight_DK = unit * scaled_DK
         log_share_VK = functional.log_softmax(vectors_VD @ weight_DK + intercept_K, dim=1)
         loss = -(counts_VK * log_share_VK).sum() + penalty / 2 * weight_DK.square().sum()
         loss = loss / total
@@ -118,7 +121,7 @@ def fit_softmax(
 
     with torch.enable_grad():
         solver.step(objective)
-    return weight_DK.detach(), intercept_K.detach()
+    return unit * scaled_DK.detach(), intercept_K.detach()
 
 
 # --- confident learning
