@@ -357,6 +357,10 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     if summary["whole_images"]:
         lines.append("noise strikes whole images here: all captions of an image are judged together")
+    elif summary.get("by_image_share"):
+        lines.append(
+            f"noise strikes whole images as well as single pairs here: some {percent(summary['by_image_share'])} of it"
+        )
     return lines
 
 

@@ -818,6 +818,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "decided_rows": pc.sum(pc.not_equal(tagged["decided_by"], MODEL)).as_py() or 0,
         "noise_rate": run.stage("score")["noise_rate"],
         "whole_images": train["whole_images"],
+        "by_image_share": train.get("by_image_share", float(train["whole_images"])),
+        "draws": train.get("draws", 1),
         "thresholds": run.stage("tag")["thresholds"],
         "encoders": embed["encoders"],
         "findings": _count_findings(run),

@@ -170,6 +170,26 @@ def test_a_finished_run_is_left_alone(place: Path) -> None:
     assert before == {name: (place / "runs/drawn" / name).stat().st_mtime_ns for name in TABLES}
 
 
+def test_every_draw_leaves_its_heads_and_evidence_and_none_that_is_gone(place: Path, tmp_path: Path) -> None:
+    brief = ["--encoder", "builtin", "--limit", "200", "--out", "twice", "--set", "train.steps=12"]
+    brief += ["--set", "train.epochs=3", "--set", "train.pace_from=1"]
+    second = [
+        "model/draw_2/heads.safetensors",
+        "model/draw_2/evidence.parquet",
+        "model/draw_2/swaps.parquet",
+    ]
+    nc("score", place / "drawn", *brief, "--set", "train.draws=2", cwd=tmp_path)
+    run = Run.open(tmp_path / "twice")
+    assert run.stage("train")["draws"] == 2
+    assert set(second) <= set(run.manifest["files"])
+    assert all(run.manifest["files"][name]["sha256"] == file_digest(run.path / name) for name in second)
+    nc("score", place / "drawn", *brief, "--set", "train.draws=1", cwd=tmp_path)
+    run = Run.open(tmp_path / "twice")
+    assert run.stage("train")["draws"] == 1
+    assert not set(second) & set(run.stage("train")["files"])
+    assert not (run.path / "model/draw_2").exists()
+
+
 def test_tagging_anew_needs_no_scoring_and_is_not_overwritten(place: Path) -> None:
     run = place / "runs/drawn"
     scores, tags = file_digest(run / "scores.parquet"), file_digest(run / "tags.parquet")
