@@ -198,11 +198,11 @@ def _disk(
     )
     if image_spec == "patches" and images.held < images.total:
         embeddings += _PATCHES + _PATCHES_PER_IMAGE * min(images.total, images.dim or 0)
-    epochs = int(getattr(recipe.train, "epochs", 1))
+    epochs, draws = recipe.train.epochs, max(1, recipe.train.draws)
     heads = _HEADS + _PER_HEAD_DIM * ((images.dim or 0) + (captions.dim or 0))
     return {
         "pairs.parquet": int(sink.tell() * len(pairs) / len(sample)),
         "embeddings": embeddings,
-        "model": heads + num_pairs * (_PER_PAIR + epochs * _PER_PAIR_AND_EPOCH),
+        "model": draws * heads + num_pairs * (draws * _PER_PAIR + epochs * _PER_PAIR_AND_EPOCH),
         **{name: len(pairs) * size for name, size in _PER_ROW.items()},
     }
