@@ -2,8 +2,7 @@
 
 No clean labels are needed. What keeps noise from being learnt:
 
-1. A first posterior from the embeddings alone (`first_look`): the mutual-information variation of each pair,
-   fitted on other images and reweighted a few times, with a probability calibrated on known swaps.
+1. A first posterior from the embeddings alone (`first_look`), with a probability calibrated on known swaps.
 2. Heads that never score what they trained on (`train_folds`): K pairs of heads in lockstep, each leaving out
    one fold. After every epoch the held-out loss of each pair sets its self-paced weight for the next.
 3. Final heads (`train_final`) on all pairs. They are trained twice: the second weights come from what the first
@@ -11,7 +10,9 @@ No clean labels are needed. What keeps noise from being learnt:
 
 Known swaps are planted among the pairs before the first step and treated as they are in every one. Even what never
 trains on a pair is told of it, by the weights of other pairs which it helped to set; swaps that were not there score
-noisier than noise that was, and the fewer the pairs and the more of them noisy, the more so.
+noisier than noise that was, and the fewer the pairs and the more of them noisy, the more so. Noise that strikes single
+pairs is met by swapped captions, noise that strikes whole images by swapped caption sets. With few pairs all of it is
+done several times, each with another draw of swaps and folds.
 
 Shapes: I = images; C = captions; N = given pairs; S = planted swaps; T = N + S, the swaps behind the pairs;
 M = candidates; E = epochs; D = dimensions.
@@ -19,25 +20,22 @@ M = candidates; E = epochs; D = dimensions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nc_audit.calibrate import NoiseRate, by_image, combine_held_out, share_by_image
 from nc_audit.errors import DatasetError
 from nc_audit.methods import contrastive, known_swaps, self_paced
 from nc_audit.methods.heads import Heads
-from nc_audit.methods.known_swaps import Evidence, fused, worth
+from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Asked, Matches, Pairs, match
-from nc_audit.methods.mutual_information import GaussianDependence
-from nc_audit.methods.projections import principal_projection
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
+from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, first_look, joined, zero_shot
 from nc_audit.train.loop import (
     Inputs,
     Judgement,
@@ -51,12 +49,10 @@ from nc_audit.train.loop import (
     silent,
 )
 
-MIN_WEIGHT = 0.001
 _SEEDS_APART = 10_000  # of two draws
 _HARDLY_NOISY = 0.03  # a rate below which one draw is enough
 _PLAIN = 0.985  # an expected AUROC above which it is
 _DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
-_MOST_FITTED = 65_536  # pairs of a Gaussian in the first look, evenly drawn
 
 
 def assign_folds(group_N: Tensor, num_folds: int, generator: torch.Generator) -> Tensor:
@@ -70,115 +66,7 @@ def assign_folds(group_N: Tensor, num_folds: int, generator: torch.Generator) ->
     return (order % num_folds)[inverse]
 
 
-# --- 1. a first look --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FirstLook:
-    """What the embeddings alone say of each pair."""
-
-    evidence: Evidence
-    variation_N: Tensor
-    rate: float
-    posterior_N: Tensor
-
-
-def first_look(
-    image_ID: Tensor,
-    caption_CD: Tensor,
-    pairs: Pairs,
-    swaps: Pairs,
-    fold_T: Tensor,
-    settings: TrainSection,
-) -> FirstLook:
-    """Mutual-information variation of each pair, out of fold by image, reweighted towards the clean pairs.
-
-    A fold's own pairs are not fitted on, yet they helped to weigh those that are: they have supported what is like
-    them. So the swaps are fitted on and weighed in the same way, and score as noise does.
-
-    Args:
-        image_ID: image embeddings, shape [I, D].
-        caption_CD: caption embeddings, shape [C, D'].
-        pairs: the given pairs.
-        swaps: the planted swaps, S of them.
-        fold_T: fold of each given pair and of each swap behind them, the same for all pairs of an image,
-            shape [N + S].
-        settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
-
-    Returns:
-        Evidence (higher = noisier), the raw variation (nats, higher = agree), the rate and the posterior.
-    """
-    total: Evidence | None = None
-    variation_N = torch.zeros(len(pairs))
-    cap = max(2, len(pairs) // 12)
-    dims = sorted({min(d, cap) for d in settings.first_look_dims})
-    for num in dims:
-        image = principal_projection(image_ID, num)(image_ID)
-        caption = principal_projection(caption_CD, num)(caption_CD)
-        one, raw = _variation_rounds(image, caption, pairs, swaps, fold_T, settings)
-        total = one.standardised() if total is None else total + one.standardised()
-        variation_N = variation_N + raw / len(dims)
-    assert total is not None
-    rate = total.rate()
-    return FirstLook(total, variation_N, rate, total.posterior(rate).given_N)
-
-
-def _variation_rounds(
-    image_IK: Tensor,
-    caption_CK: Tensor,
-    pairs: Pairs,
-    swaps: Pairs,
-    fold_T: Tensor,
-    settings: TrainSection,
-) -> tuple[Evidence, Tensor]:
-    num = len(pairs)
-    together = pairs.and_more(swaps)
-    weight_T, variation_T = torch.ones(len(together)), torch.empty(len(together))
-    evidence = Evidence(torch.zeros(num), torch.zeros(len(swaps)))
-    for _ in range(settings.first_look_rounds):
-        for fold in range(int(fold_T.max()) + 1):
-            outside = (fold_T != fold).nonzero().squeeze(1)
-            fit = outside[:: max(1, math.ceil(len(outside) / _MOST_FITTED))]
-            dependence = GaussianDependence(
-                image_IK[together.image_N[fit]],
-                caption_CK[together.caption_N[fit]],
-                weight_T[fit],
-                settings.shrinkage,
-            )
-            for part in (fold_T == fold).nonzero().squeeze(1).split(65_536):
-                variation_T[part] = dependence.variation(
-                    image_IK[together.image_N[part]], caption_CK[together.caption_N[part]]
-                )
-        evidence = Evidence(-variation_T[:num], -variation_T[num:])
-        found = evidence.posterior(evidence.rate())
-        weight_T = (1 - torch.cat([found.given_N, found.swaps_S])).clamp_min(MIN_WEIGHT)
-    return evidence, variation_T[:num].clone()
-
-
-def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
-    """What aligned encoders say without any training: the loss of pairs and swaps by their own cosine.
-
-    None where the encoders are not aligned.
-    """
-    if inputs.logit_scale is None:
-        return None
-    image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
-    asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
-    strays = inputs.pairs.carrier_of_captions()[swaps.caption_N]
-    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked, strays=strays)
-    return Evidence(given.loss, swapped.loss)
-
-
-def joined(look: FirstLook, more: Evidence | None) -> FirstLook:
-    """A first look with one more signal, counted as far as it tells given pairs from swaps."""
-    if more is None:
-        return look
-    total = look.evidence.standardised() + more.times(worth(more, look.evidence))
-    rate = total.rate()
-    return FirstLook(total, look.variation_N, rate, total.posterior(rate).given_N)
-
-
-# --- 2. out-of-fold heads -------------------------------------------------------------------------------
+# --- out-of-fold heads -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -392,7 +280,7 @@ def train_final(
     )
 
 
-# --- 4. the whole ----------------------------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

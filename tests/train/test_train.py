@@ -13,12 +13,12 @@ from nc_audit.methods.self_paced import divide, divided_weight, pace_weight
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 from nc_audit.train import Inputs, check_enough, train
+from nc_audit.train.first_look import first_look
 from nc_audit.train.loop import Plan
 from nc_audit.train.self_paced import (
     Trained,
     _planted,
     assign_folds,
-    first_look,
     num_draws,
     pace,
     train_folds,

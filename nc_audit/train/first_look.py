@@ -1,0 +1,132 @@
+"""A first look at the pairs, from the embeddings alone and before any head is trained.
+
+The mutual-information variation of each pair is fitted on other images and reweighted a few times towards the pairs
+that look clean; known swaps give it a probability. Where encoders are aligned, their own cosine adds to it.
+
+Shapes: I = images; C = captions; N = given pairs; S = planted swaps; T = N + S, the swaps behind the pairs;
+D = dimensions; K = principal components.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nc_audit.methods.known_swaps import Evidence, worth
+from nc_audit.methods.matching import Pairs, match
+from nc_audit.methods.mutual_information import GaussianDependence
+from nc_audit.methods.projections import principal_projection
+from nc_audit.recipe import TrainSection
+from nc_audit.train.loop import Inputs
+
+MIN_WEIGHT = 0.001
+_MOST_FITTED = 65_536  # pairs of a Gaussian, evenly drawn
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What the embeddings alone say of each pair."""
+
+    evidence: Evidence
+    variation_N: Tensor
+    rate: float
+    posterior_N: Tensor
+
+
+def first_look(
+    image_ID: Tensor,
+    caption_CD: Tensor,
+    pairs: Pairs,
+    swaps: Pairs,
+    fold_T: Tensor,
+    settings: TrainSection,
+) -> FirstLook:
+    """Mutual-information variation of each pair, out of fold by image, reweighted towards the clean pairs.
+
+    A fold's own pairs are not fitted on, yet they helped to weigh those that are: they have supported what is like
+    them. So the swaps are fitted on and weighed in the same way, and score as noise does.
+
+    Args:
+        image_ID: image embeddings, shape [I, D].
+        caption_CD: caption embeddings, shape [C, D'].
+        pairs: the given pairs.
+        swaps: the planted swaps, S of them.
+        fold_T: fold of each given pair and of each swap behind them, the same for all pairs of an image,
+            shape [N + S].
+        settings: `first_look_dims`, `first_look_rounds`, `shrinkage`.
+
+    Returns:
+        Evidence (higher = noisier), the raw variation (nats, higher = agree), the rate and the posterior.
+    """
+    total: Evidence | None = None
+    variation_N = torch.zeros(len(pairs))
+    cap = max(2, len(pairs) // 12)
+    dims = sorted({min(d, cap) for d in settings.first_look_dims})
+    for num in dims:
+        image = principal_projection(image_ID, num)(image_ID)
+        caption = principal_projection(caption_CD, num)(caption_CD)
+        one, raw = _variation_rounds(image, caption, pairs, swaps, fold_T, settings)
+        total = one.standardised() if total is None else total + one.standardised()
+        variation_N = variation_N + raw / len(dims)
+    assert total is not None
+    rate = total.rate()
+    return FirstLook(total, variation_N, rate, total.posterior(rate).given_N)
+
+
+def _variation_rounds(
+    image_IK: Tensor,
+    caption_CK: Tensor,
+    pairs: Pairs,
+    swaps: Pairs,
+    fold_T: Tensor,
+    settings: TrainSection,
+) -> tuple[Evidence, Tensor]:
+    num = len(pairs)
+    together = pairs.and_more(swaps)
+    weight_T, variation_T = torch.ones(len(together)), torch.empty(len(together))
+    evidence = Evidence(torch.zeros(num), torch.zeros(len(swaps)))
+    for _ in range(settings.first_look_rounds):
+        for fold in range(int(fold_T.max()) + 1):
+            outside = (fold_T != fold).nonzero().squeeze(1)
+            fit = outside[:: max(1, math.ceil(len(outside) / _MOST_FITTED))]
+            dependence = GaussianDependence(
+                image_IK[together.image_N[fit]],
+                caption_CK[together.caption_N[fit]],
+                weight_T[fit],
+                settings.shrinkage,
+            )
+            for part in (fold_T == fold).nonzero().squeeze(1).split(65_536):
+                variation_T[part] = dependence.variation(
+                    image_IK[together.image_N[part]], caption_CK[together.caption_N[part]]
+                )
+        evidence = Evidence(-variation_T[:num], -variation_T[num:])
+        found = evidence.posterior(evidence.rate())
+        weight_T = (1 - torch.cat([found.given_N, found.swaps_S])).clamp_min(MIN_WEIGHT)
+    return evidence, variation_T[:num].clone()
+
+
+def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
+    """What aligned encoders say without any training: the loss of pairs and swaps by their own cosine.
+
+    None where the encoders are not aligned.
+    """
+    if inputs.logit_scale is None:
+        return None
+    image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
+    asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
+    strays = inputs.pairs.carrier_of_captions()[swaps.caption_N]
+    given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked, strays=strays)
+    return Evidence(given.loss, swapped.loss)
+
+
+def joined(look: FirstLook, more: Evidence | None) -> FirstLook:
+    """A first look with one more signal, counted as far as it tells given pairs from swaps."""
+    if more is None:
+        return look
+    total = look.evidence.standardised() + more.times(worth(more, look.evidence))
+    rate = total.rate()
+    return FirstLook(total, look.variation_N, rate, total.posterior(rate).given_N)
