@@ -278,7 +278,10 @@ class TrainSection(_Section):
         description="draws of known swaps, each with a training of its own; 0 = more where noise is found in few pairs",
     )
     final_rounds: int = Field(
-        2, ge=1, le=5, description="trainings of the final heads, each weighted by what the one before found"
+        2,
+        ge=1,
+        le=5,
+        description="trainings of the final heads, each weighted by what the last found; 1 where a set may be clean",
     )
     final_power: float = Field(
         0.5,

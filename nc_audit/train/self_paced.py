@@ -50,7 +50,10 @@ from nc_audit.train.loop import (
 )
 
 _SEEDS_APART = 10_000  # of two draws
-_HARDLY_NOISY = 0.03  # a rate below which one draw is enough
+_LITTLE, _SURELY = (
+    0.15,
+    0.03,
+)  # a set may be clean: with a rate below the one whose interval begins below the other
 _PLAIN = 0.985  # an expected AUROC above which it is
 _DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
 
@@ -399,7 +402,8 @@ def train_robustly(
     # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions
     # of a wrong image confirm each other, and would be learnt.
     power = 1.0 if whole_images else min(1.0, settings.final_power + held_out.rate.estimate)
-    for again in range(settings.final_rounds):
+    # In a set that may be clean, there is hardly anything for better weights to keep out.
+    for again in range(1 if may_be_clean(held_out.rate) else settings.final_rounds):
         final = train_final(
             inputs,
             swaps,
@@ -478,14 +482,18 @@ def train_self_paced(inputs: Inputs, settings: TrainSection, progress: Progress 
 def num_draws(settings: TrainSection, num_pairs: int, rate: NoiseRate) -> int:
     """How many draws of known swaps to train with, given the held-out rate of the first one.
 
-    One where nothing can be told, where hardly anything is noisy, or where noise is plain to see; else the more, the
-    fewer pairs there are.
+    One where the set may be clean or noise is plain to see; else the more, the fewer pairs there are.
     """
     if settings.draws:
         return settings.draws
-    if rate.is_blind or rate.estimate < _HARDLY_NOISY or rate.expected_auroc > _PLAIN:
+    if may_be_clean(rate) or rate.expected_auroc > _PLAIN:
         return 1
     return next((num for most, num in _DRAWS if num_pairs <= most), 1)
+
+
+def may_be_clean(rate: NoiseRate) -> bool:
+    """Whether there may be hardly any noise, or nothing can be told of it."""
+    return rate.is_blind or (rate.estimate < _LITTLE and rate.low < _SURELY)
 
 
 def _check_swaps(image_N: Tensor, caption_N: Tensor) -> None:

@@ -257,8 +257,10 @@ def test_folds_are_even_and_keep_groups_together(num, folds):
 # --- several draws
 
 
-def found_rate(estimate: float = 0.3, auroc: float = 0.9, *, is_blind: bool = False) -> NoiseRate:
-    return NoiseRate(estimate, 0.0, 1.0, 0.9, auroc, is_blind)
+def found_rate(
+    estimate: float = 0.3, auroc: float = 0.9, low: float = 0.0, *, is_blind: bool = False
+) -> NoiseRate:
+    return NoiseRate(estimate, low, 1.0, 0.9, auroc, is_blind)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,8 @@ def found_rate(estimate: float = 0.3, auroc: float = 0.9, *, is_blind: bool = Fa
         (700, found_rate(), 4),
         (10_000, found_rate(), 2),
         (100_000, found_rate(), 1),
-        (700, found_rate(0.01), 1),
+        (700, found_rate(0.1), 1),
+        (700, found_rate(0.1, low=0.05), 4),
         (700, found_rate(auroc=0.99), 1),
         (700, found_rate(auroc=float("nan"), is_blind=True), 1),
     ],
