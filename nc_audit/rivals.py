@@ -27,7 +27,8 @@ _CELLS_PER_ROOT = 2.0  # cells of the index, by the root of what it holds
 _LEARNT_FROM = 40  # vectors per cell
 _CELLS_LOOKED_INTO = 12
 _MOST_OWN = 64  # matches of the index that are looked past for being the query's own
-_ASKED_AT_ONCE = 65_536
+_WEIGHED = 4  # of the others, by their true cosines
+_ASKED_AT_ONCE = 8_192
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def widened(
 ) -> LookUp:
     """The same with the best match among all others, where an index finds one that fits better than the found.
 
-    The index (inverted lists over cells of k-means, half precision) proposes, float32 cosines decide. It misses some:
+    The index (inverted lists over cells of k-means, a byte a number) proposes, float32 cosines decide. It misses some:
     what is nearest may lie in a cell that is not looked into.
 
     Args:
@@ -210,7 +211,7 @@ def widened(
     cells = max(1, int(_CELLS_PER_ROOT * math.sqrt(num)))
     coarse = faiss.IndexFlatIP(dims)
     index = faiss.IndexIVFScalarQuantizer(
-        coarse, dims, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+        coarse, dims, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
     index.nprobe = min(cells, _CELLS_LOOKED_INTO)
     index.cp.seed, index.cp.spherical = seed, True
@@ -227,15 +228,17 @@ def widened(
     best_Q = torch.full((len(query_QD),), -1, dtype=torch.long)
     top_Q = torch.full((len(query_QD),), -torch.inf)
     for at in torch.arange(len(query_QD)).split(_ASKED_AT_ONCE):
-        _, proposed = index.search(query_QD[at].numpy(), min(most_own, _MOST_OWN) + 1)
+        _, proposed = index.search(query_QD[at].numpy(), min(most_own, _MOST_OWN) + _WEIGHED)
         proposed_BK = torch.from_numpy(proposed)
         keys = at[:, None] * num + proposed_BK
         place = torch.searchsorted(own, keys).clamp_max(len(own) - 1)
         is_rival = (proposed_BK >= 0) & (own[place] != keys)
-        first = is_rival.byte().argmax(1)
-        best = proposed_BK[torch.arange(len(at)), first]
-        cosine = torch.linalg.vecdot(query_QD[at], other_OD[best.clamp_min(0)])
-        known = is_rival.any(1)
+        # the first few that are not the query's own, moved to the front
+        order = (~is_rival).byte().argsort(dim=1, stable=True)[:, :_WEIGHED]
+        proposed_BK, is_rival = proposed_BK.gather(1, order), is_rival.gather(1, order)
+        cosine_BK = torch.einsum("bd,bkd->bk", query_QD[at], other_OD[proposed_BK.clamp_min(0)])
+        cosine, first = cosine_BK.masked_fill(~is_rival, -torch.inf).max(1)
+        best, known = proposed_BK.gather(1, first[:, None])[:, 0], torch.isfinite(cosine)
         best_Q[at], top_Q[at] = torch.where(known, best, -1), torch.where(known, cosine, -torch.inf)
     own_cosine = torch.cat(
         [
