@@ -186,6 +186,12 @@ def _scaled(embed: Callable[[Sequence[int]], object], missing: list[int], size: 
     return (time.perf_counter() - start) * len(missing) / len(sample)
 
 
+def _most_draws(recipe: Recipe, num_pairs: int) -> int:
+    from nc_audit.train.self_paced import most_draws
+
+    return most_draws(recipe.train, num_pairs) if recipe.train.method == "self_paced" else 1
+
+
 def _disk(
     pairs: pa.Table, num_pairs: int, images: _Side, captions: _Side, image_spec: str, recipe: Recipe
 ) -> dict[str, int]:
@@ -198,7 +204,7 @@ def _disk(
     )
     if image_spec == "patches" and images.held < images.total:
         embeddings += _PATCHES + _PATCHES_PER_IMAGE * min(images.total, images.dim or 0)
-    epochs, draws = recipe.train.epochs, max(1, recipe.train.draws)
+    epochs, draws = recipe.train.epochs, _most_draws(recipe, num_pairs)
     heads = _HEADS + _PER_HEAD_DIM * ((images.dim or 0) + (captions.dim or 0))
     return {
         "pairs.parquet": int(sink.tell() * len(pairs) / len(sample)),

@@ -484,11 +484,14 @@ def num_draws(settings: TrainSection, num_pairs: int, rate: NoiseRate) -> int:
 
     One where the set may be clean or noise is plain to see; else the more, the fewer pairs there are.
     """
-    if settings.draws:
-        return settings.draws
-    if may_be_clean(rate) or rate.expected_auroc > _PLAIN:
+    if not settings.draws and (may_be_clean(rate) or rate.expected_auroc > _PLAIN):
         return 1
-    return next((num for most, num in _DRAWS if num_pairs <= most), 1)
+    return most_draws(settings, num_pairs)
+
+
+def most_draws(settings: TrainSection, num_pairs: int) -> int:
+    """How many draws of known swaps there are at most; as many as the recipe says where it does."""
+    return settings.draws or next((num for most, num in _DRAWS if num_pairs <= most), 1)
 
 
 def may_be_clean(rate: NoiseRate) -> bool:

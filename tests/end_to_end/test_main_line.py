@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 from nc_audit.run import Run, file_digest
 
 QUICK = ["--encoder", "builtin", "--set", "train.steps=120", "--set", "train.epochs=6"]
+QUICK += ["--set", "train.draws=1"]
 TABLES = ["pairs.parquet", "scores.parquet", "tags.parquet", "model/trajectory.parquet"]
 
 
