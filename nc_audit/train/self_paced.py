@@ -54,7 +54,10 @@ _LITTLE, _SURELY = (
     0.15,
     0.03,
 )  # a set may be clean: with a rate below the one whose interval begins below the other
-_PLAIN = 0.985  # an expected AUROC above which it is
+_PLAIN, _FAIR = (
+    0.985,
+    0.9,
+)  # expected AUROCs: above one, one draw is enough; up to the other, evidence is poor
 _DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
 
 
@@ -402,8 +405,9 @@ def train_robustly(
     # Where little is noisy, what weights cost most is hard but right pairs, so that they are milder there. The captions
     # of a wrong image confirm each other, and would be learnt.
     power = 1.0 if whole_images else min(1.0, settings.final_power + held_out.rate.estimate)
-    # In a set that may be clean, there is hardly anything for better weights to keep out.
-    for again in range(1 if may_be_clean(held_out.rate) else settings.final_rounds):
+    # Where hardly anything is found, and not for good evidence, other weights would be no better.
+    once = may_be_clean(held_out.rate) and not held_out.rate.expected_auroc > _FAIR
+    for again in range(1 if once else settings.final_rounds):
         final = train_final(
             inputs,
             swaps,
