@@ -281,7 +281,7 @@ class TrainSection(_Section):
         2,
         ge=1,
         le=5,
-        description="trainings of the final heads, each weighted by what the last found; 1 where next to nothing is found",
+        description="trainings of the final heads, each weighted by what the last found; 1 where that is next to nothing",
     )
     final_power: float = Field(
         0.5,
