@@ -281,7 +281,7 @@ class TrainSection(_Section):
         2,
         ge=1,
         le=5,
-        description="trainings of the final heads, each weighted by what the last found; 1 where that is next to nothing",
+        description="trainings of the final heads, each weighted by what the last found; 1 where that is nothing",
     )
     final_power: float = Field(
         0.5,
