@@ -50,7 +50,7 @@ from nc_audit.train.loop import (
 )
 
 _SEEDS_APART = 10_000  # of two draws
-_LITTLE, _SURELY = 0.15, 0.03  # a set may be clean whose rate is below one, its interval from below the other
+_LITTLE, _SURELY = 0.2, 0.05  # a set may be clean whose rate is below one, its interval from below the other
 _PLAIN, _FAIR = 0.985, 0.9  # expected AUROCs: above one, a draw is enough; up to the other, evidence is poor
 _DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
 

@@ -270,7 +270,7 @@ def found_rate(
         (10_000, found_rate(), 2),
         (100_000, found_rate(), 1),
         (700, found_rate(0.1), 1),
-        (700, found_rate(0.1, low=0.05), 4),
+        (700, found_rate(0.1, low=0.06), 4),
         (700, found_rate(auroc=0.99), 1),
         (700, found_rate(auroc=float("nan"), is_blind=True), 1),
     ],
