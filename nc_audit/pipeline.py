@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -135,6 +136,7 @@ def score_dataset(
     if (out / LOCK).exists():
         with audit.run.locked():
             pass  # that another process holds it should be told before the encoders are looked for
+    audit.hashing  # noqa: B018  meanwhile, libraries are imported
     # What cannot be had should be told before anything is written.
     audit.encoder_plan  # noqa: B018
     check_search(recipe.score)
@@ -251,7 +253,10 @@ class _Audit:
                 path for path in (plan.image_weights, plan.text_weights, _checkpoint(plan.image)) if path
             ]
             tuned = recipe.train.settings_in_use() if recipe.train.towers == "full" else None
-            return [plan.facts(), [file_digest(path) for path in files], tuned]
+            digests = [
+                self.hashing[path].result() if path in self.hashing else file_digest(path) for path in files
+            ]
+            return [plan.facts(), digests, tuned]
         if stage == "train":
             known = [recipe.train.settings_in_use(), recipe.score.candidates]
             file = recipe.dataset.trusted
@@ -279,6 +284,17 @@ class _Audit:
     @cached_property
     def images(self) -> ImageStore:
         return open_images(self.run)
+
+    @cached_property
+    def hashing(self) -> dict[Path, Future[str]]:
+        """SHA-256 of each weights file that the recipe names, in the making."""
+        sides = (self.recipe.image, self.recipe.text)
+        named = {_checkpoint(side.encoder) for side in sides}
+        named |= {Path(side.weights) for side in sides if side.weights}
+        with_one_thread = ThreadPoolExecutor(1)
+        futures = {path: with_one_thread.submit(file_digest, path) for path in named if path}
+        with_one_thread.shutdown(wait=False)
+        return futures
 
     @cached_property
     def encoder_plan(self) -> EncoderPlan:

@@ -5,10 +5,15 @@ Shapes: B = pairs of a batch (and their candidates); M = candidates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nc_audit.errors import ShapeError
+
+_NO_OVERFLOW = 70.0  # e^70 times a million candidates is a float32, and so is e^-70
 
 
 def negatives_mask(image_B: Tensor, caption_B: Tensor) -> Tensor:
@@ -17,11 +22,11 @@ def negatives_mask(image_B: Tensor, caption_B: Tensor) -> Tensor:
     Candidate j of pair i is left out when it shows the same image or carries the same caption: both match.
 
     Args:
-        image_B: index of each pair's image, shape [B].
-        caption_B: index of each pair's caption, shape [B].
+        image_B: index of each pair's image, shape [..., B].
+        caption_B: index of each pair's caption, shape [..., B].
 
     Returns:
-        Shape [B, B], True where the candidate counts; the diagonal (the own match) is always True. Symmetric.
+        Shape [..., B, B], True where the candidate counts; the diagonal (the own match) is always True. Symmetric.
 
     Example:
         >>> negatives_mask(torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5])).int()
@@ -29,19 +34,22 @@ def negatives_mask(image_B: Tensor, caption_B: Tensor) -> Tensor:
                 [0, 1, 1],
                 [0, 1, 1]], dtype=torch.int32)
     """
-    same = (image_B[:, None] == image_B[None, :]) | (caption_B[:, None] == caption_B[None, :])
-    return ~same | torch.eye(len(image_B), dtype=torch.bool, device=image_B.device)
+    differ = (image_B[..., :, None] != image_B[..., None, :]) & (
+        caption_B[..., :, None] != caption_B[..., None, :]
+    )
+    differ.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return differ
 
 
 def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
     """Contrastive loss of every pair of a batch, mean of the two directions.
 
     Args:
-        logits_BB: similarity of image i and caption j times the logit scale, shape [B, B].
-        counts_BB: which candidates count (`negatives_mask`), shape [B, B].
+        logits_BB: similarity of image i and caption j times the logit scale, shape [..., B, B].
+        counts_BB: which candidates count (`negatives_mask`), shape [..., B, B].
 
     Returns:
-        Shape [B], nats, 0..; chance is ln of the number of candidates that count.
+        Shape [..., B], nats, 0..; chance is ln of the number of candidates that count.
 
     Source:
         symmetric InfoNCE of CLIP, unreduced; the masking is ours.
@@ -50,11 +58,42 @@ def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
         >>> in_batch_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
         tensor([0.6931, 0.6931])
     """
-    if logits_BB.dim() != 2 or logits_BB.shape[0] != logits_BB.shape[1]:
+    if logits_BB.dim() < 2 or logits_BB.shape[-1] != logits_BB.shape[-2]:
         raise ShapeError("logits", "B, B", logits_BB.shape)
+    low, high = torch.aminmax(logits_BB)
+    if max(-low, high) <= _NO_OVERFLOW:
+        return _BoundedLoss.apply(logits_BB, counts_BB)
+    logits_BB = logits_BB.to(torch.promote_types(logits_BB.dtype, torch.float32))
     masked = logits_BB.masked_fill(~counts_BB, float("-inf"))
-    normaliser = (masked.logsumexp(1) + masked.logsumexp(0)) / 2
-    return normaliser - logits_BB.diagonal()
+    normaliser = (masked.logsumexp(-1) + masked.logsumexp(-2)) / 2
+    return normaliser - logits_BB.diagonal(dim1=-2, dim2=-1)
+
+
+class _BoundedLoss(torch.autograd.Function):
+    """`in_batch_loss` of logits whose exponentials and their sums can neither overflow nor vanish.
+
+    They are taken once for both directions and for the gradient, and kept in the precision of the logits: a third of
+    the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
+        full = torch.promote_types(logits_BB.dtype, torch.float32)
+        grown = logits_BB.exp().masked_fill_(~counts_BB, 0.0)
+        over_captions, over_images = (grown.sum(dim, dtype=full) for dim in (-1, -2))
+        ctx.save_for_backward(grown, over_captions, over_images)
+        own = logits_BB.diagonal(dim1=-2, dim2=-1).to(full)
+        return ((over_captions.log() + over_images.log()) / 2 - own).clamp_min_(0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None]:
+        grown, over_captions, over_images = ctx.saved_tensors
+        captions, images = gradient_B / 2 / over_captions, gradient_B / 2 / over_images
+        own = grown.diagonal(dim1=-2, dim2=-1) * (captions + images) - gradient_B
+        of_logits = captions.to(grown.dtype)[..., :, None] + images.to(grown.dtype)[..., None, :]
+        of_logits.mul_(grown).diagonal(dim1=-2, dim2=-1).copy_(own)
+        return of_logits, None
 
 
 def candidate_logsumexp(own_B: Tensor, logits_BM: Tensor, counts_BM: Tensor) -> Tensor:

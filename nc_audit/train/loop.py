@@ -5,7 +5,7 @@ Shapes: I = images; C = captions; N = pairs; B = batch; E = epochs; D = dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +160,60 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
         yield
 
 
+class Steps:
+    """Optimiser steps on a one-cycle schedule.
+
+    Args:
+        matrices: parameters whose weights decay.
+        others: parameters whose weights do not.
+        plan: how many steps.
+        settings: `lr`, `warm_up`.
+        weight_decay: of the matrices.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        plan: Plan,
+        settings: TrainSection,
+        weight_decay: float,
+    ) -> None:
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.lr,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, max_lr=settings.lr, total_steps=plan.steps + 1, pct_start=settings.warm_up
+        )
+        self.taken = 0
+
+    def take(self, loss: Tensor) -> None:
+        """One step down a loss, a scalar with gradient.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        if not torch.isfinite(loss):
+            lr = self.schedule.get_last_lr()[0]
+            raise TrainingError(f"loss is {loss.item()} at step {self.taken} (lr {lr:.2g})", "lower train.lr")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        self.taken += 1
+
+
+def batches(pairs: Pairs, batch: int, seed: int, device: str) -> Iterator[Tensor]:
+    """Positions [batch] among the pairs, without end: shuffled anew each time through, a rest left out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(pairs), generator=generator).to(device)
+        for start in range(0, len(order) - batch + 1, batch):
+            yield order[start : start + batch]
+
+
 class Trainer:
     """One pair of heads in training on some pairs: batches, optimiser, place in the schedule.
 
@@ -172,7 +226,6 @@ class Trainer:
         weight_decay: of matrices; vectors have none.
         seed: draws the batches.
         extra: a further module to train along, under the same rules.
-        precision: of the heads' products.
     """
 
     def __init__(
@@ -185,42 +238,20 @@ class Trainer:
         weight_decay: float,
         seed: int,
         extra: nn.Module | None = None,
-        precision: str = "fp32",
     ) -> None:
-        self.precision = precision
         self.heads, self.pairs, self.plan, self.inputs = heads, pairs.to(inputs.device), plan, inputs
-        self.generator = torch.Generator().manual_seed(seed)
         trained = [*heads.parameters(), *(extra.parameters() if extra is not None else ())]
         matrices = [p for p in trained if p.dim() > 1]
         others = [p for p in trained if p.dim() <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.lr,
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, max_lr=settings.lr, total_steps=plan.steps + 1, pct_start=settings.warm_up
-        )
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[Tensor]:
-        while True:
-            order = torch.randperm(len(self.pairs), generator=self.generator).to(self.inputs.device)
-            for start in range(0, len(order) - self.plan.batch + 1, self.plan.batch):
-                yield order[start : start + self.plan.batch]
-
-    def _products(self) -> torch.autocast:
-        kind = torch.device(self.inputs.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+        self.steps = Steps(matrices, others, plan, settings, weight_decay)
+        self.batches = batches(self.pairs, plan.batch, seed, inputs.device)
 
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
         image, caption = self.pairs.image_N[at_B], self.pairs.caption_N[at_B]
-        with self._products():
-            image_BD = self.heads.image(self.inputs.image_head_ID[image])
-            caption_BD = self.heads.caption(self.inputs.caption_head_CD[caption])
-            cosine_BB = image_BD @ caption_BD.T
-        return cosine_BB.float(), image, caption
+        image_BD = self.heads.image(self.inputs.image_head_ID[image])
+        caption_BD = self.heads.caption(self.inputs.caption_head_CD[caption])
+        return image_BD @ caption_BD.T, image, caption
 
     def run_epoch(self, objective: Callable[[Tensor], Tensor]) -> None:
         """Train for one epoch of the plan.
@@ -232,24 +263,14 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         self.heads.train()
-        for step in range(self.plan.steps_per_epoch):
-            loss = objective(next(self.batches))
-            if not torch.isfinite(loss):
-                lr = self.schedule.get_last_lr()[0]
-                raise TrainingError(f"loss is {loss.item()} at step {step} (lr {lr:.2g})", "lower train.lr")
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimiser.step()
-            self.schedule.step()
+        for _ in range(self.plan.steps_per_epoch):
+            self.steps.take(objective(next(self.batches)))
 
     def embed(
         self, image_at: Tensor | None = None, caption_at: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Unit vectors of all or some images and captions by the heads as they stand: shapes [I, width], [C, width]."""
-        with self._products():
-            return self.heads.embed(
-                self.inputs.image_head_ID, self.inputs.caption_head_CD, image_at, caption_at
-            )
+        return self.heads.embed(self.inputs.image_head_ID, self.inputs.caption_head_CD, image_at, caption_at)
 
     def matches(self) -> Matches:
         """Every quantity of the trainer's pairs against the fixed candidates, by the heads as they stand."""

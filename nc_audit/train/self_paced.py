@@ -21,14 +21,13 @@ M = candidates; E = epochs; D = dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from nc_audit.calibrate import NoiseRate, by_image, combine_held_out, share_by_image
 from nc_audit.errors import DatasetError
-from nc_audit.methods import contrastive, known_swaps, self_paced
+from nc_audit.methods import known_swaps, self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.known_swaps import Evidence, fused
 from nc_audit.methods.matching import Asked, Matches, Pairs, match
@@ -36,12 +35,12 @@ from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, first_look, joined, zero_shot
+from nc_audit.train.lockstep import Lockstep
 from nc_audit.train.loop import (
     Inputs,
     Judgement,
     Plan,
     Progress,
-    Trainer,
     Trajectory,
     columns_of,
     new_heads,
@@ -83,15 +82,6 @@ class Folds:
     matches: Matches
     trajectory: Trajectory
     scale: float
-
-
-def weighted(trainer: Trainer, weight_N: Tensor, at_B: Tensor) -> Tensor:
-    """Contrastive loss of a batch with its pairs' weights, a scalar."""
-    cosine_BB, image, caption = trainer.cosines(at_B)
-    losses = contrastive.in_batch_loss(
-        trainer.heads.scale() * cosine_BB, contrastive.negatives_mask(image, caption)
-    )
-    return (weight_N[at_B] * losses).mean()
 
 
 def train_folds(
@@ -140,31 +130,24 @@ def train_folds(
     weight_T = prior_T.clone()
     counted = 0
     with seeded(seed, inputs.device):
-        trainers = [
-            Trainer(
-                new_heads(inputs, settings),
-                inputs,
-                together.select(outside[k]),
-                plan,
-                settings,
-                settings.weight_decay,
-                seed + 1 + k,
-                precision=inputs.precision,
-            )
-            for k in range(num_folds)
-        ]
+        trainer = Lockstep(
+            [new_heads(inputs, settings) for _ in range(num_folds)],
+            inputs,
+            [together.select(some) for some in outside],
+            plan,
+            settings,
+            settings.weight_decay,
+            [seed + 1 + k for k in range(num_folds)],
+        )
         for epoch in range(1, plan.epochs + 1):
             loss_T = torch.empty(len(together))
             is_scored = plan.is_scored(epoch, num)
             counts = is_scored and epoch >= settings.first_counted_epoch
-            for k, trainer in enumerate(trainers):
-                train_weight = weight_T[outside[k]]
-                train_weight = train_weight / train_weight.mean().clamp_min(1e-9)
-                trainer.run_epoch(partial(weighted, trainer, train_weight.to(inputs.device)))
-                if not is_scored:
-                    continue
-                vectors = trainer.embed(asked[k].image_at, asked[k].caption_at)
-                found = asked[k].match(*vectors, trainer.heads.scale().item())
+            weights = [weight_T[some] for some in outside]
+            trainer.run_epoch([some / some.mean().clamp_min(1e-9) for some in weights])
+            for k in range(num_folds if is_scored else 0):
+                vectors = trainer.embed(k, asked[k].image_at, asked[k].caption_at)
+                found = asked[k].match(*vectors, trainer.scale(k))
                 for some, one in zip(places[k], (one.to("cpu") for one in found), strict=True):
                     loss_T[some] = one.loss
                     if counts:
@@ -183,7 +166,7 @@ def train_folds(
         Evidence(-mean.similarity[:num], -mean.similarity[num:]),
         mean.first(num),
         trajectory,
-        sum(trainer.heads.scale().item() for trainer in trainers) / len(trainers),
+        sum(map(trainer.scale, range(num_folds))) / num_folds,
     )
 
 
@@ -241,7 +224,7 @@ def train_final(
     pairs = inputs.pairs
     together = pairs.and_more(planted)
     weights = torch.cat([weight_N, planted_weight_P])
-    weights = (weights / weights.mean().clamp_min(1e-9)).to(inputs.device)
+    weights = weights / weights.mean().clamp_min(1e-9)
     plan = Plan.of(len(together), settings)
     loss, distance = torch.zeros(len(together)), torch.zeros(len(together))
     stray_P = pairs.carrier_of_captions()[planted.caption_N].to(inputs.device)
@@ -250,20 +233,13 @@ def train_final(
     counted = 0
     with seeded(seed, inputs.device):
         heads = new_heads(inputs, settings, settings.final_input_dropout)
-        trainer = Trainer(
-            heads,
-            inputs,
-            together,
-            plan,
-            settings,
-            settings.final_weight_decay,
-            seed + 1,
-            precision=inputs.precision,
+        trainer = Lockstep(
+            [heads], inputs, [together], plan, settings, settings.final_weight_decay, [seed + 1]
         )
         for epoch in range(1, plan.epochs + 1):
-            trainer.run_epoch(partial(weighted, trainer, weights))
+            trainer.run_epoch([weights])
             if epoch >= settings.first_counted_epoch and plan.is_scored(epoch, len(together)):
-                vectors, scale = trainer.embed(), heads.scale().item()
+                vectors, scale = trainer.embed(0), trainer.scale(0)
                 found = match(*vectors, scale, candidates, *asked, strays=stray_P)
                 del vectors  # not kept while the next ones are made
                 of_given, of_planted = (one.to("cpu") for one in found)

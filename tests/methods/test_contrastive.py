@@ -80,10 +80,47 @@ def test_permuting_pairs_permutes_losses(logits, seed):
 def test_masked_logits_change_nothing(logits, seed):
     counts = masks(len(logits), seed)
     changed = torch.where(counts, logits, torch.full_like(logits, 1e3))
-    assert torch.equal(in_batch_loss(changed, counts), in_batch_loss(logits, counts))
+    np.testing.assert_allclose(in_batch_loss(changed, counts), in_batch_loss(logits, counts), atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])
+@given(strategies.logits(square=True), strategies.seeds)
+def test_gradient_is_that_of_the_formula(logits, seed):
+    counts = masks(len(logits), seed)
+    weight = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (weight * in_batch_loss(found, counts)).sum().backward()
+    masked = expected.masked_fill(~counts, float("-inf"))
+    normaliser = (masked.logsumexp(1) + masked.logsumexp(0)) / 2
+    (weight * (normaliser - expected.diagonal())).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("largest", [5.0, 60.0, 69.0, 71.0, 500.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_finite_whatever_the_scale(largest, dtype):
+    cosines = 2 * torch.rand(33, 33, generator=torch.Generator().manual_seed(1)) - 1
+    cosines[:, 0] = -1  # a caption that fits nothing
+    cosines[3] = -1
+    logits = (largest * cosines).to(dtype).requires_grad_()
+    counts = masks(33, 1)
+    loss = in_batch_loss(logits, counts)
+    loss.sum().backward()
+    expected = oracles.in_batch_loss(logits.detach().double().numpy(), counts.numpy())
+    np.testing.assert_allclose(loss.detach().float(), expected, rtol=0.02, atol=0.02)
+    assert torch.isfinite(logits.grad).all()
+    assert (loss >= 0).all()
+
+
+def test_batches_side_by_side_cost_what_each_costs():
+    generator = torch.Generator().manual_seed(0)
+    logits = 9 * torch.randn(3, 7, 7, generator=generator, dtype=torch.float64)
+    image, caption = (torch.randint(5, (3, 7), generator=generator) for _ in range(2))
+    counts = negatives_mask(image, caption)
+    each = [in_batch_loss(one, negatives_mask(*of)) for one, *of in zip(logits, image, caption, strict=True)]
+    torch.testing.assert_close(in_batch_loss(logits, counts), torch.stack(each))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 3)])
 def test_loss_wants_a_square(shape):
     with pytest.raises(ShapeError) as caught:
         in_batch_loss(torch.zeros(shape), torch.ones(shape, dtype=torch.bool))

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
-from nc_audit.methods.heads import Dropout, Heads
+from nc_audit.methods.heads import Dropout, Head, Heads, HeadStack
 
 
 def test_embeddings_are_unit_vectors_and_dropout_is_off():
@@ -52,3 +53,65 @@ def test_dropped_entries_follow_the_seed_and_get_no_gradient():
         masks.append(values.grad)
     assert torch.equal(*masks)
     assert set(masks[0].unique().tolist()) == {0.0, 2.0}
+
+
+def plain(head: Head, vectors: torch.Tensor, keeps_input=None, keeps_hidden=None) -> torch.Tensor:
+    """The head by its formula, its gradient torch's."""
+    inputs = head.norm(vectors)
+    inputs = inputs if keeps_input is None else inputs * keeps_input
+    hidden = functional.gelu(head.correction[0](inputs))
+    hidden = hidden if keeps_hidden is None else hidden * keeps_hidden
+    return functional.normalize(head.linear(inputs) + head.correction[3](hidden), dim=1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_head_and_its_gradient_are_those_of_the_formula(dropout):
+    torch.manual_seed(1)
+    head = Head(6, 4, 10, dropout, dropout).double()
+    vectors, weight = torch.randn(9, 6).double(), torch.randn(9, 4).double()
+    head(vectors)  # what is dropped is drawn the first time
+    torch.manual_seed(2)
+    found = head(vectors)
+    (weight * found).sum().backward()
+    gradients = [one.grad.clone() for one in head.parameters()]
+    head.zero_grad()
+    torch.manual_seed(2)
+    factors = (
+        module.factors((1, 9, dim), torch.float64, vectors.device)
+        for module, dim in ((head.input_dropout, 6), (head.correction[2], 10))
+    )
+    expected = plain(head, vectors, *(None if one is None else one[0] for one in factors))
+    (weight * expected).sum().backward()
+    torch.testing.assert_close(found, expected)
+    for gradient, one in zip(gradients, head.parameters(), strict=True):
+        torch.testing.assert_close(gradient, one.grad)
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_stacked_heads_are_the_heads_and_train_them(lowered):
+    torch.manual_seed(1)
+    heads = [Head(6, 4, 10, 0.0, 0.0) for _ in range(3)]
+    vectors = torch.randn(3, 9, 6)
+    before = torch.stack([plain(head, some) for head, some in zip(heads, vectors, strict=True)]).detach()
+    stack = HeadStack(heads)
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        found = stack(vectors)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, before, atol=0.02 if lowered else 1e-6, rtol=0)
+    found[..., 0].sum().backward()
+    assert all(one.grad.abs().sum() > 0 for one in stack.weights)
+    with torch.no_grad():
+        for one in stack.weights:
+            one.sub_(0.5 * one.grad)
+    after = torch.stack([head(some) for head, some in zip(heads, vectors, strict=True)]).detach()
+    torch.testing.assert_close(stack(vectors), after)
+    assert not torch.allclose(after, before, atol=0.01)
+
+
+def test_dropout_takes_other_factors_every_time():
+    torch.manual_seed(0)
+    dropout = Dropout(0.5)
+    masks = torch.stack([dropout(torch.ones(40, 30)) for _ in range(50)])
+    assert (masks.mean(0) - 1).abs().max() < 1  # no entry is always dropped, or always kept
+    together = (masks.flatten(1)[:, :-1] * masks.flatten(1)[:, 1:]).mean()
+    assert together.item() == pytest.approx(1, abs=0.05)
