@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nc_audit.bench.retrieval import recall_at_k
 from nc_audit.recipe import Recipe
-from nc_audit.train.loop import Inputs, Plan, Trainer, new_heads
-from nc_audit.train.self_paced import weighted
+from nc_audit.train.lockstep import Lockstep
+from nc_audit.train.loop import Inputs, Plan, new_heads
 
 if TYPE_CHECKING:
     from nc_audit.bench.corpus import Corrupted, Split
@@ -67,20 +67,21 @@ def plain_recall(
     weight = weight_P[at] / weight_P[at].mean().clamp_min(1e-9)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trainer = Trainer(
-            new_heads(inputs, settings),
+        heads = new_heads(inputs, settings)
+        trainer = Lockstep(
+            [heads],
             inputs,
-            corrupted.pairs.select(at),
+            [corrupted.pairs.select(at)],
             Plan.of(len(corrupted.pairs), settings),
             settings,
             settings.final_weight_decay,
-            seed + 1,
+            [seed + 1],
         )
         for _ in range(trainer.plan.epochs):
-            trainer.run_epoch(lambda batch: weighted(trainer, weight, batch))
-    trainer.heads.eval()
+            trainer.run_epoch([weight])
+    heads.eval()
     with torch.inference_mode():
-        image, caption = trainer.heads.embed(
+        image, caption = heads.embed(
             inputs.image_projection(test.image_ID), inputs.caption_projection(test.caption_CD)
         )
     return recall_at_k(image, caption, test.pairs.image_N, test.pairs.caption_N).mean
