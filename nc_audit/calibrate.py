@@ -20,6 +20,7 @@ from nc_audit.methods.known_swaps import (
     swaps_auroc,
     tail_shares,
 )
+from nc_audit.methods.levelled import levelled_posterior
 from nc_audit.methods.tail_rates import RATE_TAILS, rates_by_two_rules
 
 WEAK_AUROC = 0.85
@@ -372,5 +373,6 @@ def calibrated(evidence: Evidence, rate: NoiseRate, *, levelled: bool = False) -
     if rate.is_blind:
         return Evidence(torch.full_like(evidence.given_N, 0.5), torch.full_like(evidence.swaps_S, 0.5))
     if levelled:
-        return evidence.levelled(rate.estimate, rate.swaps_right)
+        given, swaps = levelled_posterior(evidence.given_N, evidence.swaps_S, rate.estimate, rate.swaps_right)
+        return Evidence(given.float(), swaps.float())
     return evidence.posterior(rate.estimate, rate.swaps_right)

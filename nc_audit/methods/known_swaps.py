@@ -326,53 +326,13 @@ def noise_posterior(
         For the given pairs, shape [N], and for the swaps by the same rule, shape [S]: float64, 0..1,
         non-decreasing in the score. The given pairs' mean is near `rate`.
     """
-    given_N, swaps_S = _ratio_of_wrong(score_N, swap_score_S, rate, swaps_right, num_bins)
-    return (rate * given_N).clamp_max(1.0), (rate * swaps_S).clamp_max(1.0)
-
-
-def _ratio_of_wrong(
-    score_N: Tensor, swap_score_S: Tensor, rate: float, swaps_right: float, num_bins: int
-) -> tuple[Tensor, Tensor]:
-    """Density of the wrong swaps over that of the given pairs: see `noise_posterior`."""
     given_N, swaps_S = density_ratio(score_N, swap_score_S, num_bins)
     right = min(swaps_right, (1 - rate) / 2)
-    if right <= 0:
-        return given_N, swaps_S
-    given_N, swaps_S = (
-        (((1 - rate) * ratio - right) / (1 - rate - right)).clamp_min(0.0) for ratio in (given_N, swaps_S)
-    )
-    return given_N, swaps_S
-
-
-def levelled_posterior(
-    score_N: Tensor, swap_score_S: Tensor, mean: float, swaps_right: float = 0.0, num_bins: int = 2048
-) -> tuple[Tensor, Tensor]:
-    """Probability of each pair to be noise, of a given mean: the density ratio times what makes it so.
-
-    For scores whose swaps show the shape of noise, and a little too high or too low a level.
-
-    Args:
-        score_N: scores of the given pairs, higher = noisier, shape [N].
-        swap_score_S: scores of known swaps, shape [S].
-        mean: of the given pairs' probabilities, 0..1.
-        swaps_right: see `noise_posterior`.
-        num_bins: likewise.
-
-    Returns:
-        As `noise_posterior`; the mean is lower where too few pairs score like any swap.
-    """
-    given_N, swaps_S = _ratio_of_wrong(score_N, swap_score_S, mean, swaps_right, num_bins)
-    low, high = 0.0, 1.0
-    while float((high * given_N).clamp_max(1.0).mean()) < mean and high < 1e6:
-        high *= 2
-    for _ in range(60):
-        level = (low + high) / 2
-        if float((level * given_N).clamp_max(1.0).mean()) < mean:
-            low = level
-        else:
-            high = level
-    level = low if mean == 0 else high
-    return (level * given_N).clamp_max(1.0), (level * swaps_S).clamp_max(1.0)
+    if right > 0:
+        given_N, swaps_S = (
+            (((1 - rate) * ratio - right) / (1 - rate - right)).clamp_min(0.0) for ratio in (given_N, swaps_S)
+        )
+    return (rate * given_N).clamp_max(1.0), (rate * swaps_S).clamp_max(1.0)
 
 
 def density_ratio(score_N: Tensor, swap_score_S: Tensor, num_bins: int = 2048) -> tuple[Tensor, Tensor]:
@@ -383,7 +343,7 @@ def density_ratio(score_N: Tensor, swap_score_S: Tensor, num_bins: int = 2048) -
         is near 1.
     """
     pooled = torch.cat([score_N, swap_score_S]).double()
-    bins, num_bins = _bins_of(pooled, num_bins)
+    bins, num_bins = bins_of(pooled, num_bins)
     is_swap = torch.zeros(len(pooled), dtype=torch.float64)
     is_swap[len(score_N) :] = 1.0
     counts = torch.bincount(bins, minlength=num_bins).double()
@@ -396,7 +356,7 @@ def density_ratio(score_N: Tensor, swap_score_S: Tensor, num_bins: int = 2048) -
     return ratio[: len(score_N)], ratio[len(score_N) :]
 
 
-def _bins_of(values: Tensor, num_bins: int) -> tuple[Tensor, int]:
+def bins_of(values: Tensor, num_bins: int) -> tuple[Tensor, int]:
     """A bin of equal count for each value, and how many there are; equal values share a bin."""
     order = values.argsort(stable=True)
     num_bins = max(1, min(num_bins, len(order) // 4))
@@ -463,11 +423,6 @@ class Evidence:
     def posterior(self, rate: float, swaps_right: float = 0.0) -> Evidence:
         """Noise probability of given pairs and swaps, float32, 0..1."""
         given, swaps = noise_posterior(self.given_N, self.swaps_S, rate, swaps_right)
-        return Evidence(given.float(), swaps.float())
-
-    def levelled(self, mean: float, swaps_right: float = 0.0) -> Evidence:
-        """Noise probability of given pairs, of this mean, and of swaps by the same rule, float32, 0..1."""
-        given, swaps = levelled_posterior(self.given_N, self.swaps_S, mean, swaps_right)
         return Evidence(given.float(), swaps.float())
 
 

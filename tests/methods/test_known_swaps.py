@@ -15,14 +15,12 @@ from sklearn.metrics import roc_auc_score
 from nc_audit.methods.known_swaps import (
     Evidence,
     auroc_of_probabilities,
-    density_ratio,
     draw_image_swaps,
     draw_swaps,
     expected_auroc,
     fused,
     intra_image_correlation,
     isotonic_fit,
-    levelled_posterior,
     noise_posterior,
     noise_rate,
     pooled,
@@ -30,6 +28,7 @@ from nc_audit.methods.known_swaps import (
     standardise,
     swaps_auroc,
 )
+from nc_audit.methods.levelled import levelled_posterior
 
 rates = st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0])
 
@@ -338,43 +337,6 @@ def test_posterior_is_calibrated_where_some_swaps_are_right(rate):
     assert off[1] > 0.03
 
 
-@given(strategies.scores(), strategies.scores(), st.sampled_from([0.0, 0.05, 0.4, 0.9, 1.0]))
-def test_levelled_posterior_rises_with_the_score_and_has_the_mean_where_scores_allow(score, swaps, mean):
-    given_pairs, of_swaps = levelled_posterior(score, swaps, mean)
-    both, values = torch.cat([given_pairs, of_swaps]), torch.cat([score, swaps])
-    assert (both[values.argsort(stable=True)].diff() >= 0).all()
-    assert ((both >= 0) & (both <= 1)).all()
-    attainable = (density_ratio(score, swaps)[0] > 0).double().mean().item()
-    assert given_pairs.mean().item() == pytest.approx(min(mean, attainable), abs=1e-3)
-
-
-@pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
-def test_levelled_posterior_is_calibrated_where_swaps_score_a_little_too_high(rate):
-    score, swaps = mixture(rate, 4, gap=2.0)
-    noisy = torch.arange(len(score)) < rate * len(score)
-
-    def error(posterior):
-        bins = (posterior * 10).long().clamp_max(9)
-        inside = torch.bincount(bins, (noisy.double() - posterior), minlength=10)
-        return inside.abs().sum().item() / len(score)
-
-    levelled, plain = (error(f(score, swaps + 0.3, rate)[0]) for f in (levelled_posterior, noise_posterior))
-    assert levelled < 0.05
-    assert levelled < plain
-
-
-@pytest.mark.parametrize("rate", [0.5, 0.8])
-def test_levelled_posterior_is_calibrated_where_some_swaps_are_right(rate):
-    score, swaps = mixture(rate, 3, gap=2.5)
-    right = 0.05
-    swaps[: round(right * len(swaps))] -= 2.5
-    noisy = torch.arange(len(score)) < rate * len(score)
-    told, untold = (levelled_posterior(score, swaps, rate, share)[0] for share in (right, 0.0))
-    off = [(noisy[one < 0.3].float().mean() - one[one < 0.3].mean()).abs() for one in (told, untold)]
-    assert off[0] < 0.02
-    assert off[1] > off[0]
-
-
 @given(strategies.scores(min_size=2), strategies.scores(min_size=2), rates, strategies.seeds)
 def test_posterior_follows_the_order_of_pairs(score, swaps, rate, seed):
     order = torch.randperm(len(score), generator=generator(seed))
@@ -468,7 +430,7 @@ def test_several_draws_tell_noise_better_and_stay_calibrated():
     assert swaps_auroc(one.given_N[~noisy], one.given_N[noisy]) > 0.015 + swaps_auroc(
         several[0].given_N[~noisy], several[0].given_N[noisy]
     )
-    posterior = one.levelled(0.4).given_N
+    posterior = levelled_posterior(one.given_N, one.swaps_S, 0.4)[0]
     for low in np.arange(0, 1, 0.2):
         inside = (posterior >= low) & (posterior < low + 0.2)
         if inside.sum() > 300:
