@@ -126,8 +126,8 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
         return _UnitVectors.apply(
             vectors_KBD.detach(),
             *weights,
-            kind.input_dropout.factors(shape, dtype, device),
-            kind.correction[2].factors((*shape[:2], hidden), dtype, device),
+            kind.input_dropout.factors(shape[1:], dtype, device),  # the same entries of every head
+            kind.correction[2].factors((shape[1], hidden), dtype, device),
             dtype,
             kind.norm.eps,
         )
@@ -187,12 +187,12 @@ class _UnitVectors(torch.autograd.Function):
         width, full = unit.shape[2], scale.dtype
         along = torch.linalg.vecdot(gradient_KBW, unit)[..., None]
         of_mapped = both.new_empty(*unit.shape[:2], both.shape[1])
-        of_sum = torch.addcmul(gradient_KBW, unit, along, value=-1).div_(length).to(both.dtype)
-        of_mapped[..., :width] = of_sum
+        of_sum, of_risen = of_mapped[..., :width], of_mapped[..., width:]
+        of_sum.copy_(torch.addcmul(gradient_KBW, unit, along, value=-1).div_(length))
         of_bent = of_sum @ fall
         if keeps_hidden is not None:
             of_bent.mul_(keeps_hidden)
-        of_mapped[..., width:] = torch.ops.aten.gelu_backward(of_bent, risen)
+        torch.ops.aten.gelu_backward.grad_input(of_bent, risen, grad_input=of_risen)
         of_both = (of_mapped.mT @ inputs).to(full)
         of_bias = of_mapped.sum(1, dtype=full)
         of_inputs = of_mapped @ both

@@ -77,10 +77,10 @@ def test_a_head_and_its_gradient_are_those_of_the_formula(dropout):
     head.zero_grad()
     torch.manual_seed(2)
     factors = (
-        module.factors((1, 9, dim), torch.float64, vectors.device)
+        module.factors((9, dim), torch.float64, vectors.device)
         for module, dim in ((head.input_dropout, 6), (head.correction[2], 10))
     )
-    expected = plain(head, vectors, *(None if one is None else one[0] for one in factors))
+    expected = plain(head, vectors, *factors)
     (weight * expected).sum().backward()
     torch.testing.assert_close(found, expected)
     for gradient, one in zip(gradients, head.parameters(), strict=True):
