@@ -49,7 +49,7 @@ ALSO = {
         "nc_audit.tokens",
         "nc_audit.train",
         "nc_audit.train.loop",
-        "nc_audit.train.self_paced",
+        "nc_audit.train.lockstep",
         "nc_audit.score",
         "nc_audit.calibrate",
         "nc_audit.model",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,12 @@ class Head(nn.Module):
             nn.Linear(num_inputs, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, width)
         )
 
+    @property
+    def layers(self) -> tuple[nn.Linear, Dropout, nn.Linear]:
+        """Of the correction: up to the hidden units, their dropout, and down from them."""
+        rise, _, dropout, fall = self.correction
+        return cast("tuple[nn.Linear, Dropout, nn.Linear]", (rise, dropout, fall))
+
     def forward(self, vectors_BD: Tensor) -> Tensor:
         """Unit vectors, shape [B, width], float32 whatever the precision of the products.
 
@@ -91,7 +97,7 @@ class HeadStack(nn.Module):
         for number, head in enumerate(heads):
             scale, shift, both, both_bias, fall, fall_bias = (one[number] for one in stacked)
             width = len(fall)
-            rise_of, fall_of = head.correction[0], head.correction[3]
+            rise_of, _, fall_of = head.layers
             head.norm.weight.data, head.norm.bias.data = scale, shift
             head.linear.weight.data, head.linear.bias.data = both[:width], both_bias[:width]
             rise_of.weight.data, rise_of.bias.data = both[width:], both_bias[width:]
@@ -105,7 +111,7 @@ class HeadStack(nn.Module):
 
 def _weights(head: Head) -> tuple[Tensor, ...]:
     """Scale and shift of the norm; both maps of the inputs in one, and their biases; the second layer's."""
-    rise, fall = head.correction[0], head.correction[3]
+    rise, _, fall = head.layers
     return (
         head.norm.weight,
         head.norm.bias,
@@ -127,7 +133,7 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
             vectors_KBD.detach(),
             *weights,
             kind.input_dropout.factors(shape[1:], dtype, device),  # the same entries of every head
-            kind.correction[2].factors((shape[1], hidden), dtype, device),
+            kind.layers[1].factors((shape[1], hidden), dtype, device),
             dtype,
             kind.norm.eps,
         )
