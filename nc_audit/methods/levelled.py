@@ -20,6 +20,7 @@ _BINS = 2048
 _PIECES = 16
 _SLOPES_APART = 0.5  # how far the log slopes of neighbouring pieces differ, a deviation
 _SLOPE, _ANY_SLOPE = 0.7, 3.0  # log slope per deviation of the scores, and how far it may be from that
+_STEEPEST = 7.0
 _HOLD_MEAN = 40.0
 
 
@@ -64,7 +65,7 @@ def levelled_posterior(
         level = torch.tensor(math.log(mean / (1 - mean)), dtype=torch.float64, requires_grad=True)
 
         def unlikely() -> Tensor:
-            posterior_Q = torch.sigmoid(level + rises_QP @ slope_P.exp())
+            posterior_Q = torch.sigmoid(level + rises_QP @ _slopes(slope_P))
             found = ((given_Q * posterior_Q).sum() / num).clamp(1e-9, 1 - 1e-9)
             density_Q = (1 - right) * posterior_Q / found + right * (1 - posterior_Q) / (1 - found)
             odds_Q = (num_swaps / num * density_Q).clamp_min(1e-30)
@@ -85,7 +86,7 @@ def levelled_posterior(
 
         optimiser.step(step)
     with torch.no_grad():
-        odds = _rises(scores, centre_Q) @ slope_P.exp()
+        odds = _rises(scores, centre_Q) @ _slopes(slope_P)
         low, high = level - 60 - odds.max(), level + 60 - odds.min()
         for _ in range(80):
             level = (low + high) / 2
@@ -95,6 +96,11 @@ def levelled_posterior(
                 high = level
         posterior = torch.sigmoid(high + odds)
     return posterior[:num], posterior[num:]
+
+
+def _slopes(log_slope_P: Tensor) -> Tensor:
+    """From their logs, within bounds that a long step on the way to the fit would else leave for infinity."""
+    return log_slope_P.clamp(-_STEEPEST, _STEEPEST).exp()
 
 
 def _rises(scores_N: Tensor, centre_Q: Tensor) -> Tensor:

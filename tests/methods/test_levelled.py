@@ -36,6 +36,17 @@ def test_rises_with_the_score_and_has_the_mean(score, swaps, mean):
     assert of_given.mean().item() == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.parametrize("mean", [1e-6, 2.7e-5, 1e-3, 0.5, 1 - 1e-4, 1 - 1e-6])
+@pytest.mark.parametrize("gap", [0.0, 2.0, 8.0, 40.0])
+def test_probabilities_are_numbers_at_any_mean_and_separation(gap, mean):
+    for seed in range(3):
+        score, swaps, _, _ = mixture(0.0, 500, gap, seed=seed)
+        for right in (0.0, 0.02):
+            both = torch.cat(levelled_posterior(score, swaps, mean, right))
+            assert ((both >= 0) & (both <= 1)).all()
+            assert both[: len(score)].mean().item() == pytest.approx(mean, rel=0.01)
+
+
 @settings(deadline=None)
 @given(strategies.seeds, st.floats(0.01, 100), st.floats(-50, 50))
 def test_neither_unit_nor_order_of_scores_matters(seed, unit, shift):
