@@ -17,6 +17,7 @@ from torch import Tensor
 from nc_audit.methods.known_swaps import bins_of
 
 _BINS = 2048
+_AT_ONCE = 1 << 16  # scores, so that memory stays flat
 _PIECES = 16
 _SLOPES_APART = 0.5  # how far the log slopes of neighbouring pieces differ, a deviation
 _SLOPE, _ANY_SLOPE = 0.7, 3.0  # log slope per deviation of the scores, and how far it may be from that
@@ -86,7 +87,8 @@ def levelled_posterior(
 
         optimiser.step(step)
     with torch.no_grad():
-        odds = _rises(scores, centre_Q) @ _slopes(slope_P)
+        slopes_P = _slopes(slope_P)
+        odds = torch.cat([_rises(some, centre_Q) @ slopes_P for some in scores.split(_AT_ONCE)])
         low, high = level - 60 - odds.max(), level + 60 - odds.min()
         for _ in range(80):
             level = (low + high) / 2
