@@ -49,7 +49,8 @@ from nc_audit.train.loop import (
 )
 
 _SEEDS_APART = 10_000  # of two draws
-_LITTLE, _SURELY = 0.2, 0.05  # a set may be clean whose rate is below one, its interval from below the other
+_LITTLE, _SURELY = 0.2, 0.05  # a set may be clean whose rate is below one, its interval from below the other;
+_LITTLE_IF_WEAK, _SURELY_IF_WEAK = 0.3, 0.1  # where the evidence is weak, below these
 _PLAIN, _FAIR = 0.985, 0.9  # expected AUROCs: above one, a draw is enough; up to the other, evidence is poor
 _DRAWS = ((4_000, 4), (30_000, 2))  # else up to so many pairs, so many draws
 
@@ -470,7 +471,8 @@ def most_draws(settings: TrainSection, num_pairs: int) -> int:
 
 def may_be_clean(rate: NoiseRate) -> bool:
     """Whether there may be hardly any noise, or nothing can be told of it."""
-    return rate.is_blind or (rate.estimate < _LITTLE and rate.low < _SURELY)
+    little, surely = (_LITTLE_IF_WEAK, _SURELY_IF_WEAK) if rate.is_weak else (_LITTLE, _SURELY)
+    return rate.is_blind or (rate.estimate < little and rate.low < surely)
 
 
 def _check_swaps(image_N: Tensor, caption_N: Tensor) -> None:
