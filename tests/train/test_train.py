@@ -271,6 +271,9 @@ def found_rate(
         (100_000, found_rate(), 1),
         (700, found_rate(0.1), 1),
         (700, found_rate(0.1, low=0.06), 4),
+        (700, found_rate(0.25, auroc=0.8, low=0.09), 1),  # weak evidence says less
+        (700, found_rate(0.25, auroc=0.9, low=0.09), 4),
+        (700, found_rate(0.35, auroc=0.8, low=0.09), 4),
         (700, found_rate(auroc=0.99), 1),
         (700, found_rate(auroc=float("nan"), is_blind=True), 1),
     ],
