@@ -72,8 +72,7 @@ def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
 class _BoundedLoss(torch.autograd.Function):
     """`in_batch_loss` of logits whose exponentials and their sums can neither overflow nor vanish.
 
-    They are taken once for both directions and for the gradient, and kept in the precision of the logits: a third of
-    the time.
+    They are taken once for both directions and for the gradient, and kept in the precision of the logits.
     """
 
     @staticmethod

@@ -22,7 +22,7 @@ _DRAWN = 1 << 20  # random factors of a dropout, at least
 class Dropout(nn.Module):
     """Dropout whose random factors are drawn once, and then taken from a random place on every time.
 
-    To draw them anew costs a processor more than the product that follows.
+    To draw them anew costs a processor about as much as the product that follows.
 
     Args:
         chance: of an entry to be dropped, 0..1, rounded to 1/256; the others grow so that the mean stays.
@@ -142,8 +142,7 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
 class _UnitVectors(torch.autograd.Function):
     """`Head.forward` of several heads, with its gradient worked out by hand.
 
-    Both maps of the inputs are one product, and nothing is kept or computed that the gradient does not need: half the
-    time of what torch makes of the same formula. Shapes: K = heads; W = width; H = hidden units;
+    Both maps of the inputs are one product, and nothing is kept or computed that the gradient does not need. Shapes: K = heads; W = width; H = hidden units;
     T = W + H.
     """
 
