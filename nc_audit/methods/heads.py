@@ -142,8 +142,8 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
 class _UnitVectors(torch.autograd.Function):
     """`Head.forward` of several heads, with its gradient worked out by hand.
 
-    Both maps of the inputs are one product, and nothing is kept or computed that the gradient does not need. Shapes: K = heads; W = width; H = hidden units;
-    T = W + H.
+    Both maps of the inputs are one product, and nothing is kept or computed that the gradient does not need.
+    Shapes: K = heads; W = width; H = hidden units; T = W + H.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Several pairs of heads that train in step, each on pairs of its own, by the weighted contrastive loss.
 
-Each takes a batch of the same size at a time, and one product serves them all: with few pairs, much of what a step costs
-is what it costs to ask for it, and three pairs of heads take less than twice as long as one.
+Each takes a batch of the same size at a time, and one product serves them all: with few pairs, much of what a step
+costs is to ask for it, and three pairs of heads take less than twice as long as one.
 
 Shapes: K = pairs of heads; B = batch; N = pairs; W = width.
 """
