@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import gc
 import os
 import sys
 import traceback
@@ -21,6 +20,7 @@ import typer
 
 from nc_audit import __version__
 from nc_audit.errors import AuditError, DatasetError, RecipeError, nearest
+from nc_audit.process import set_up
 
 app = typer.Typer(
     name="nc-audit",
@@ -1159,13 +1159,7 @@ def _share(text: str) -> float:
 
 def main() -> None:
     """Entry point of the `nc-audit` command."""
-    # Threads that wait by spinning take the processor from every other job that shares it, and from each other; those
-    # that sleep at once are late for the next of many small products. So they spin for microseconds, then sleep. The
-    # maths library reads this when it is first loaded, so it must stand before any command imports it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Importing torch makes next to no garbage, and looking for it takes half a second.
-    gc.set_threshold(100_000)
+    set_up()
     try:
         app()
     except OSError as problem:

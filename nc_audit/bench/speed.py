@@ -24,13 +24,12 @@ import pyarrow.compute as pc
 
 from nc_audit.dataset import ImageStore, LoadOptions, load_pairs
 from nc_audit.errors import DatasetError, EncoderError
+from nc_audit.process import THREADS
 from nc_audit.run import writing
 
 MODEL = "ViT-B-32"
 NUM_IMAGES = 420
 BATCH = 64
-_OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""What the command sets for its own process, and a plain loop would not."""
 
 
 def measure_speed(
@@ -71,7 +70,7 @@ def measure_speed(
         weights = Path(file) if file else random_weights(model, folder / "random.pt")
         note(f"plain loop of {counts['images']:,} images and {counts['rows']:,} captions")
         loop = [sys.executable, "-m", "nc_audit.bench.speed", folder / "set" / "captions.csv", weights, model]
-        plain = float(_run(loop, without=_OURS))
+        plain = float(_run(loop, without=tuple(THREADS)))
         note(f"plain loop: {plain:.1f} s; now the whole audit")
         audit = [sys.executable, "-m", "nc_audit", "score", folder / "set", "--out", folder / "run", "--json"]
         start = time.perf_counter()

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
+
+from nc_audit.process import set_up
 
 
 def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str) -> dict[str, float | str]:
@@ -143,16 +144,13 @@ def main() -> None:
     asked = parser.parse_args()
     sizes = [int(size) for size in asked.pairs.split(",")]
     if asked.one:
+        set_up()  # as the command line does
         print(json.dumps(measure(sizes[0], asked.dims, asked.per_image, asked.noise, asked.device)))
         return
     for size in sizes:
         same = ["--dims", str(asked.dims), "--per-image", str(asked.per_image), "--noise", str(asked.noise)]
         same += ["--device", asked.device]
-        # as the command line sets it, so that other work on the machine costs no more than its share
-        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"} | os.environ
-        subprocess.run(
-            [sys.executable, __file__, "--one", "--pairs", str(size), *same], check=True, env=waiting
-        )
+        subprocess.run([sys.executable, __file__, "--one", "--pairs", str(size), *same], check=True)
 
 
 if __name__ == "__main__":
