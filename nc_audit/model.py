@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nc_audit.errors import RunError
 from nc_audit.run import replacing
 
 if TYPE_CHECKING:
@@ -74,25 +75,35 @@ class Model:
 
     @classmethod
     def load(cls, path: Path) -> Model:
-        """Read a model that `save` wrote."""
-        from safetensors import safe_open
+        """Read a model that `save` wrote.
+
+        Raises:
+            RunError: the file is damaged, or another version made it.
+        """
+        from safetensors import SafetensorError, safe_open
 
         from nc_audit.methods.hashing import HashHeads
         from nc_audit.methods.heads import Heads
         from nc_audit.methods.projections import Projection
 
-        with safe_open(path, "pt") as file:
-            sizes = json.loads(file.metadata()["sizes"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         heads: Heads | HashHeads | None = None
-        if sizes is not None:
-            heads = HashHeads(**sizes) if "bits" in sizes else Heads(**sizes)
-            heads.load_state_dict(
-                {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
+        try:
+            with safe_open(path, "pt") as file:
+                sizes = json.loads(file.metadata()["sizes"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if sizes is not None:
+                heads = HashHeads(**sizes) if "bits" in sizes else Heads(**sizes)
+                heads.load_state_dict(
+                    {n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")}
+                )
+                heads.eval()
+            image, caption = (
+                Projection.of(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
+                for side in ("image", "caption")
             )
-            heads.eval()
-        image, caption = (
-            Projection.of(tensors[f"{side}_projection.mean"], tensors[f"{side}_projection.matrix"])
-            for side in ("image", "caption")
-        )
+        except (SafetensorError, RuntimeError, TypeError, KeyError) as problem:
+            raise RunError(
+                f"{path.name} is damaged or of another version of nc-audit",
+                "run nc-audit score with --force on the dataset to make it anew",
+            ) from problem
         return cls(heads, image, caption)

@@ -1,4 +1,4 @@
-"""How a process of ours is set up before anything heavy is imported: its threads, its memory, its garbage."""
+"""How a process of ours is set up before anything heavy is imported: threads, memory, garbage."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import os
 import sys
 from contextlib import suppress
 
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-"""How threads of a product wait for each other, where the user's environment does not say.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
+"""How threads of a product wait for each other, and that tensors lie in large pages, where the user does not say.
 
 Threads that wait by spinning take the processor from every other job that shares it, and from each other; those that
 sleep at once are late for the next of many small products. So they spin for microseconds, then sleep.
 """
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of `mallopt`
 _KEPT = 1 << 30  # bytes that are free may stay with the process
-_LARGE = (256 << 20, 32 << 20)  # from this size on memory goes back at once; the second where the first is refused
+_LARGE = (
+    256 << 20,
+    32 << 20,
+)  # from this size on memory goes back at once; the second where the first is refused
 
 
 def set_up() -> None:
     """Set up this process; before torch is imported, whose libraries read the environment once."""
-    for name, value in THREADS.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Importing torch makes next to no garbage, and looking for it takes half a second.
     gc.set_threshold(100_000)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from nc_audit.errors import RunError
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.projections import Projection, principal_projection
 from nc_audit.model import Model
@@ -70,7 +73,16 @@ def test_a_file_that_is_cut_off_is_not_read(model, tmp_path):
     path = tmp_path / "m.safetensors"
     model.save(path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(SafetensorError):
+    with pytest.raises(RunError, match=r"m\.safetensors is damaged or of another version"):
+        Model.load(path)
+
+
+def test_a_model_of_a_version_with_other_weights_is_refused(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    weights = load_file(path) | {"heads.image.norm.weight": torch.ones(6)}
+    save_file(weights, path, metadata={"sizes": json.dumps(model.heads.sizes)})
+    with pytest.raises(RunError, match="another version"):
         Model.load(path)
 
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from nc_audit.dataset import ImageStore, LoadOptions, load_pairs
 from nc_audit.errors import DatasetError, EncoderError
-from nc_audit.process import THREADS
+from nc_audit.process import ENVIRONMENT
 from nc_audit.run import writing
 
 MODEL = "ViT-B-32"
@@ -70,7 +70,7 @@ def measure_speed(
         weights = Path(file) if file else random_weights(model, folder / "random.pt")
         note(f"plain loop of {counts['images']:,} images and {counts['rows']:,} captions")
         loop = [sys.executable, "-m", "nc_audit.bench.speed", folder / "set" / "captions.csv", weights, model]
-        plain = float(_run(loop, without=tuple(THREADS)))
+        plain = float(_run(loop, without=tuple(ENVIRONMENT)))
         note(f"plain loop: {plain:.1f} s; now the whole audit")
         audit = [sys.executable, "-m", "nc_audit", "score", folder / "set", "--out", folder / "run", "--json"]
         start = time.perf_counter()

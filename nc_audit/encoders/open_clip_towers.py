@@ -389,11 +389,23 @@ class OpenClipCaptions:
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """For each caption, whether it has more tokens than the model's context."""
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
-            return [len(self.tokenizer.encode(caption)) + 2 > self.context for caption in captions]
+            room = self.context - 2  # beside the tokens that begin and end a text
+            return [
+                not _fits(caption, room) and len(self.tokenizer.encode(caption)) > room
+                for caption in captions
+            ]
         inner = getattr(self.tokenizer, "tokenizer", None)
         if inner is None:
             return [False] * len(captions)
         return [len(tokens) > self.context for tokens in inner(list(captions), truncation=False)["input_ids"]]
+
+
+def _fits(caption: str, num_tokens: int) -> bool:
+    """Whether a caption makes no more tokens than that, as can be told by its length: each is of a byte at least.
+
+    Cleaning may lengthen what is not ASCII, and what stands for something else in HTML.
+    """
+    return len(caption) <= num_tokens and caption.isascii() and "&" not in caption
 
 
 def _hidden(tower: Any, tokens_BL: Tensor) -> Tensor:

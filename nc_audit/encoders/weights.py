@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -38,7 +39,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             loaded = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: what is only looked at is not read
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
         if "nsupported" in str(problem) or "eights_only" in str(problem) or "TorchScript" in str(problem):

@@ -79,7 +79,7 @@ class _BoundedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
         full = torch.promote_types(logits_BB.dtype, torch.float32)
         grown = logits_BB.exp().masked_fill_(~counts_BB, 0.0)
-        over_captions, over_images = (grown.sum(dim, dtype=full) for dim in (-1, -2))
+        over_captions, over_images = (grown.sum(dim).to(full) for dim in (-1, -2))
         ctx.save_for_backward(grown, over_captions, over_images)
         own = logits_BB.diagonal(dim1=-2, dim2=-1).to(full)
         return ((over_captions.log() + over_images.log()) / 2 - own).clamp_min_(0.0)

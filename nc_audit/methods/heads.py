@@ -60,7 +60,8 @@ class Head(nn.Module):
         self, num_inputs: int, width: int, hidden: int, input_dropout: float, dropout: float
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(num_inputs)
+        # without scale and shift: the maps that follow have both
+        self.norm = nn.LayerNorm(num_inputs, elementwise_affine=False)
         self.input_dropout = Dropout(input_dropout)
         self.linear = nn.Linear(num_inputs, width)
         self.correction = nn.Sequential(
@@ -95,10 +96,9 @@ class HeadStack(nn.Module):
         ]
         self.weights = nn.ParameterList(stacked)
         for number, head in enumerate(heads):
-            scale, shift, both, both_bias, fall, fall_bias = (one[number] for one in stacked)
+            both, both_bias, fall, fall_bias = (one[number] for one in stacked)
             width = len(fall)
             rise_of, _, fall_of = head.layers
-            head.norm.weight.data, head.norm.bias.data = scale, shift
             head.linear.weight.data, head.linear.bias.data = both[:width], both_bias[:width]
             rise_of.weight.data, rise_of.bias.data = both[width:], both_bias[width:]
             fall_of.weight.data, fall_of.bias.data = fall, fall_bias
@@ -110,11 +110,9 @@ class HeadStack(nn.Module):
 
 
 def _weights(head: Head) -> tuple[Tensor, ...]:
-    """Scale and shift of the norm; both maps of the inputs in one, and their biases; the second layer's."""
+    """Both maps of the inputs in one, and their biases; the second layer's."""
     rise, _, fall = head.layers
     return (
-        head.norm.weight,
-        head.norm.bias,
         torch.cat([head.linear.weight, rise.weight]),
         torch.cat([head.linear.bias, rise.bias]),
         fall.weight,
@@ -127,7 +125,7 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
     device = vectors_KBD.device
     lowered = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lowered else weights[0].dtype
-    shape, hidden = vectors_KBD.shape, weights[4].shape[2]
+    shape, hidden = vectors_KBD.shape, weights[2].shape[2]
     with torch.autocast(device.type, enabled=False):
         return _UnitVectors.apply(
             vectors_KBD.detach(),
@@ -150,8 +148,6 @@ class _UnitVectors(torch.autograd.Function):
     def forward(
         ctx: Any,
         vectors_KBD: Tensor,
-        scale_KD: Tensor,
-        shift_KD: Tensor,
         both_KTD: Tensor,
         both_bias_KT: Tensor,
         fall_KWH: Tensor,
@@ -162,8 +158,7 @@ class _UnitVectors(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         width = fall_KWH.shape[1]
-        normal = functional.layer_norm(vectors_KBD, vectors_KBD.shape[2:], eps=eps)
-        inputs = torch.addcmul(shift_KD[:, None], normal, scale_KD[:, None]).to(dtype)
+        inputs = functional.layer_norm(vectors_KBD, vectors_KBD.shape[2:], eps=eps).to(dtype)
         if keeps_input is not None:
             inputs.mul_(keeps_input)
         both = both_KTD.to(dtype)
@@ -175,40 +170,29 @@ class _UnitVectors(torch.autograd.Function):
         if keeps_hidden is not None:
             bent.mul_(keeps_hidden)
         fall = fall_KWH.to(dtype)
-        vectors = torch.baddbmm(mapped[..., :width], bent, fall.mT).to(scale_KD.dtype)
+        vectors = torch.baddbmm(mapped[..., :width], bent, fall.mT).to(both_KTD.dtype)
         length = torch.linalg.vector_norm(vectors, dim=2, keepdim=True).clamp_min_(1e-12)
         unit = vectors / length
-        ctx.save_for_backward(
-            normal, scale_KD, keeps_input, inputs, both, risen, keeps_hidden, bent, fall, unit, length
-        )
+        ctx.save_for_backward(inputs, risen, keeps_hidden, bent, fall, unit, length)
         return unit
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_KBW: Tensor) -> tuple[Tensor | None, ...]:
-        normal, scale, keeps_input, inputs, both, risen, keeps_hidden, bent, fall, unit, length = (
-            ctx.saved_tensors
-        )
-        width, full = unit.shape[2], scale.dtype
+        inputs, risen, keeps_hidden, bent, fall, unit, length = ctx.saved_tensors
+        width, full = unit.shape[2], unit.dtype
         along = torch.linalg.vecdot(gradient_KBW, unit)[..., None]
-        of_mapped = both.new_empty(*unit.shape[:2], both.shape[1])
+        of_mapped = inputs.new_empty(*unit.shape[:2], width + bent.shape[2])
         of_sum, of_risen = of_mapped[..., :width], of_mapped[..., width:]
         of_sum.copy_(torch.addcmul(gradient_KBW, unit, along, value=-1).div_(length))
         of_bent = of_sum @ fall
         if keeps_hidden is not None:
             of_bent.mul_(keeps_hidden)
         torch.ops.aten.gelu_backward.grad_input(of_bent, risen, grad_input=of_risen)
-        of_both = (of_mapped.mT @ inputs).to(full)
-        of_bias = of_mapped.sum(1, dtype=full)
-        of_inputs = of_mapped @ both
-        if keeps_input is not None:
-            of_inputs.mul_(keeps_input)
-        of_inputs = of_inputs.to(full)
+        of_bias = of_mapped.sum(1).to(full)
         return (
             None,
-            torch.linalg.vecdot(of_inputs, normal, dim=1),
-            of_inputs.sum(1),
-            of_both,
+            (of_mapped.mT @ inputs).to(full),
             of_bias,
             (of_sum.mT @ bent).to(full),
             of_bias[:, :width],

@@ -8,11 +8,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
 from nc_audit.encoders import ImageEncoder, ImageOptions, TextEncoder, load_encoders, plan_encoders
+from nc_audit.encoders.open_clip_towers import _fits
 from nc_audit.errors import EncoderError
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
@@ -91,6 +94,19 @@ def test_padding_is_not_computed(weights, captions):
     assert sum(rows for rows, _ in seen) == len(captions)
     lengths = (open_clip.tokenize(captions) != 0).sum(1)
     assert sum(rows * length for rows, length in seen) < 1.3 * lengths.sum() < 0.6 * 77 * len(captions)
+
+
+TOKENIZER = open_clip.SimpleTokenizer()
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=90) | st.text(max_size=90))
+@example("&nGt;" * 15)
+@example("ﬃ" * 70)
+@example("! " * 45)
+def test_a_caption_that_is_told_by_its_length_to_fit_does_fit(caption):
+    num_tokens = len(TOKENIZER.encode(caption))
+    for room in (len(caption), len(caption) // 2):
+        assert not _fits(caption, room) or num_tokens <= room
 
 
 def test_truncated_captions_are_those_beyond_the_context(weights):
