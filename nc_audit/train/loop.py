@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 
 MAX_CAPTION_INPUTS = 512
+_SHORT_STEPS_UP_TO = 128  # pairs a batch
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,11 +104,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long one pair of heads trains."""
+    """How long one pair of heads trains, and at what learning rate as a multiple of the recipe's."""
 
     batch: int
     epochs: int
     steps_per_epoch: int
+    lr_factor: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -125,6 +127,18 @@ class Plan:
         epochs = settings.epochs
         share = min(1.0, (num_pairs / 6_000) ** (1 / 3)) * min(8.0, max(1.0, (num_pairs / 30_000) ** 0.5))
         return cls(batch, epochs, max(1, round(share * settings.steps / epochs)))
+
+    def in_long_steps(self) -> Plan:
+        """The same with fewer and longer steps, where batches are so large that these are as good.
+
+        The learning rate grows by the root of the batch beyond 128 pairs, and the number of steps falls by it.
+
+        Example:
+            >>> Plan(512, 12, 13).in_long_steps()
+            Plan(batch=512, epochs=12, steps_per_epoch=6, lr_factor=2.0)
+        """
+        factor = max(1.0, (self.batch / _SHORT_STEPS_UP_TO) ** 0.5)
+        return replace(self, steps_per_epoch=max(1, round(self.steps_per_epoch / factor)), lr_factor=factor)
 
     def is_scored(self, epoch: int, num_pairs: int) -> bool:
         """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second to fourth time.
@@ -181,11 +195,14 @@ class Steps:
     ) -> None:
         self.optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.lr,
+            lr=plan.lr_factor * settings.lr,
             fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, max_lr=settings.lr, total_steps=plan.steps + 1, pct_start=settings.warm_up
+            self.optimiser,
+            max_lr=plan.lr_factor * settings.lr,
+            total_steps=plan.steps + 1,
+            pct_start=settings.warm_up,
         )
         self.taken = 0
 

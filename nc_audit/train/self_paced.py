@@ -124,7 +124,7 @@ def train_folds(
         for given, swapped in places
     ]
     outside = [(fold_T != k).nonzero().squeeze(1) for k in range(num_folds)]
-    plan = Plan.of(min(len(o) for o in outside), settings)
+    plan = Plan.of(min(len(o) for o in outside), settings).in_long_steps()
     chance = chance_loss(len(candidates.caption_M))
     total = Matches.zeros(len(together))
     trajectory = Trajectory()
@@ -226,7 +226,7 @@ def train_final(
     together = pairs.and_more(planted)
     weights = torch.cat([weight_N, planted_weight_P])
     weights = weights / weights.mean().clamp_min(1e-9)
-    plan = Plan.of(len(together), settings)
+    plan = Plan.of(len(together), settings).in_long_steps()
     loss, distance = torch.zeros(len(together)), torch.zeros(len(together))
     stray_P = pairs.carrier_of_captions()[planted.caption_N].to(inputs.device)
     asked = [(one.image_N, one.caption_N) for one in (pairs.to(inputs.device), planted.to(inputs.device))]
