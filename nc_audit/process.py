@@ -15,11 +15,10 @@ Threads that wait by spinning take the processor from every other job that share
 sleep at once are late for the next of many small products. So they spin for microseconds, then sleep.
 """
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of `mallopt`
-_KEPT = 1 << 30  # bytes that are free may stay with the process
-_LARGE = (
-    256 << 20,
-    32 << 20,
-)  # from this size on memory goes back at once; the second where the first is refused
+_KEPT = 256 << 20
+"""So many bytes that are free may stay with the process."""
+_LARGE = (64 << 20, 32 << 20)
+"""What takes more bytes goes back as soon as it is free; the second where the C library refuses the first."""
 
 
 def set_up() -> None:
