@@ -24,6 +24,7 @@ from nc_audit.recipe import TrainSection
 
 MAX_CAPTION_INPUTS = 512
 _SHORT_STEPS_UP_TO = 128  # pairs a batch
+_FEWEST_STEPS = 2.0  # times fewer
 
 Progress = Callable[[str, int, int], None]
 
@@ -131,14 +132,16 @@ class Plan:
     def in_long_steps(self) -> Plan:
         """The same with fewer and longer steps, where batches are so large that these are as good.
 
-        The learning rate grows by the root of the batch beyond 128 pairs, and the number of steps falls by it.
+        Steps become fewer by the root of the batch beyond 128 pairs, up to half of them, and longer by more than that:
+        the whole way grows, which right pairs gain by and wrong ones, being many and without a rule, hardly do.
 
         Example:
-            >>> Plan(512, 12, 13).in_long_steps()
-            Plan(batch=512, epochs=12, steps_per_epoch=6, lr_factor=2.0)
+            >>> Plan(512, 12, 14).in_long_steps()
+            Plan(batch=512, epochs=12, steps_per_epoch=7, lr_factor=3.0)
         """
-        factor = max(1.0, (self.batch / _SHORT_STEPS_UP_TO) ** 0.5)
-        return replace(self, steps_per_epoch=max(1, round(self.steps_per_epoch / factor)), lr_factor=factor)
+        fewer = min(_FEWEST_STEPS, max(1.0, (self.batch / _SHORT_STEPS_UP_TO) ** 0.5))
+        steps = max(1, round(self.steps_per_epoch / fewer))
+        return replace(self, steps_per_epoch=steps, lr_factor=2 * fewer - 1)
 
     def is_scored(self, epoch: int, num_pairs: int) -> bool:
         """Whether all pairs are scored after this epoch, 1...: always, but of many pairs every second to fourth time.
