@@ -245,11 +245,17 @@ class TrainSection(_Section):
         256, ge=2, description="principal components of the image embeddings the heads take in"
     )
     folds: int = Field(3, ge=2, le=20, description="heads that each leave one fold of the pairs out")
-    steps: int = Field(160, ge=1, description="optimiser steps per pair of heads")
+    steps: int = Field(
+        160,
+        ge=1,
+        description="optimiser steps per pair of heads; self_paced takes half where batches are large",
+    )
     epochs: int = Field(12, ge=1, description="how often the steps are interrupted to score every pair")
     first_counted_epoch: int = Field(3, ge=1, description="scores are averaged from this epoch on")
     batch: int = Field(0, ge=0, description="pairs per batch; 0 = by the number of pairs")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, one-cycle")
+    lr: float = Field(
+        1e-3, gt=0, description="peak learning rate of AdamW, one-cycle; three times that in long steps"
+    )
     warm_up: float = Field(0.3, gt=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(1.0, ge=0, description="of the out-of-fold heads")
     final_weight_decay: float = Field(0.5, ge=0, description="of the heads trained on everything")
