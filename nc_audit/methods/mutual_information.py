@@ -5,10 +5,43 @@ Shapes: N = pairs; D = dimensions of each side.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nc_audit.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted sums over some pairs that a joint Gaussian is fitted from; those of several parts add up.
+
+    Attributes:
+        weight: sum of the weights.
+        first_D: of the joint vectors, image before caption, shape [D + D'].
+        second_DD: of their outer products, shape [D + D', D + D'].
+    """
+
+    weight: Tensor
+    first_D: Tensor
+    second_DD: Tensor
+
+    @classmethod
+    def of(cls, joint_ND: Tensor, weight_N: Tensor) -> Moments:
+        """Those of pairs; sums over them are in the vectors' own precision, so these should be about zero.
+
+        Args:
+            joint_ND: image vectors beside caption vectors, shape [N, D + D'].
+            weight_N: weight of each pair, shape [N], 0..
+        """
+        weighted = joint_ND * weight_N[:, None].to(joint_ND.dtype)
+        return cls(weight_N.double().sum(), weighted.double().sum(0), (joint_ND.T @ weighted).double())
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.weight + other.weight, self.first_D + other.first_D, self.second_DD + other.second_DD
+        )
 
 
 class GaussianDependence:
@@ -33,11 +66,31 @@ class GaussianDependence:
             raise ShapeError("image and caption vectors", "N, D", image_ND.shape)
         joint = torch.cat([image_ND, caption_ND], 1)
         share = (weight_N / weight_N.sum())[:, None].to(joint.dtype)
-        self.num_image_dims = image_ND.shape[1]
-        self.mean = (joint * share).sum(0)
-        centred = joint - self.mean
-        covariance = centred.T @ (centred * share)
-        d = self.num_image_dims
+        mean = (joint * share).sum(0)
+        centred = joint - mean
+        self._fit(mean, centred.T @ (centred * share), image_ND.shape[1], shrinkage)
+
+    @classmethod
+    def of_moments(
+        cls, moments: Moments, num_image_dims: int, shrinkage: float, dtype: torch.dtype = torch.float32
+    ) -> GaussianDependence:
+        """The same from sums over the pairs.
+
+        Args:
+            moments: of all pairs to fit on.
+            num_image_dims: D, how many of the joint dimensions are the image's.
+            shrinkage: share of the scaled identity in each covariance, 0..1.
+            dtype: what variations are worked out in.
+        """
+        mean = moments.first_D / moments.weight
+        covariance = moments.second_DD / moments.weight - torch.outer(mean, mean)
+        one = cls.__new__(cls)
+        one._fit(mean.to(dtype), covariance.to(dtype), num_image_dims, shrinkage)
+        return one
+
+    def _fit(self, mean_D: Tensor, covariance: Tensor, num_image_dims: int, shrinkage: float) -> None:
+        self.num_image_dims = d = num_image_dims
+        self.mean = mean_D
         self.image_factor = _inverse_factor(covariance[:d, :d], shrinkage)
         self.caption_factor = _inverse_factor(covariance[d:, d:], shrinkage)
         self.joint_factor = _inverse_factor(covariance, shrinkage)

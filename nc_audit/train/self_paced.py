@@ -34,7 +34,7 @@ from nc_audit.methods.matching import Asked, Matches, Pairs, match
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
-from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, first_look, joined, zero_shot
+from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, first_look, joined, views_of, zero_shot
 from nc_audit.train.lockstep import Lockstep
 from nc_audit.train.loop import (
     Inputs,
@@ -335,6 +335,7 @@ def train_robustly(
     pairs, seed = inputs.pairs, settings.seed + _SEEDS_APART * draw
     generator = torch.Generator().manual_seed(seed)
     look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
+    views = views_of(inputs.image_ID, inputs.caption_CD, len(pairs), settings)
 
     def look(share: float) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
         fold_N = assign_folds(
@@ -343,7 +344,7 @@ def train_robustly(
         swaps, place_S = _planted(pairs, look_fold_N, fold_N, settings, generator, share)
         untrained = zero_shot(inputs, swaps)
         look_fold_T = torch.cat([look_fold_N, look_fold_N[place_S]])
-        first = first_look(inputs.image_ID, inputs.caption_CD, pairs, swaps, look_fold_T, settings)
+        first = first_look(views, pairs, swaps, look_fold_T, settings)
         return joined(first, untrained), untrained, swaps, torch.cat([fold_N, fold_N[place_S]])
 
     if by_image_share is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nc_audit.errors import ShapeError
-from nc_audit.methods.mutual_information import GaussianDependence
+from nc_audit.methods.mutual_information import GaussianDependence, Moments
 
 
 def drawn(num: int, seed: int = 0, dims: int = 6, shared: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +41,18 @@ def test_float32_stays_near_the_float64_oracle():
     single = [x.astype(np.float32) for x in (image, caption, np.ones(200))]
     found = variation(*single, 0.3, *(x.astype(np.float32) for x in new))
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_sums_over_parts_fit_as_all_pairs_do(shrinkage):
+    image, caption = drawn(80)
+    weight = np.random.default_rng(1).random(80)
+    new = [torch.from_numpy(one) for one in drawn(20, seed=2)]
+    joint, weight_N = torch.from_numpy(np.hstack([image, caption])), torch.from_numpy(weight)
+    sums = Moments.of(joint[:50], weight_N[:50]) + Moments.of(joint[50:], weight_N[50:])
+    fitted = GaussianDependence.of_moments(sums, image.shape[1], shrinkage, torch.float64)
+    expected = oracles.mi_variation(image, caption, weight, shrinkage, *(one.numpy() for one in new))
+    np.testing.assert_allclose(fitted.variation(*new).numpy(), expected, atol=1e-8)
 
 
 def test_first_order_change_follows_the_exact_one():

@@ -13,7 +13,7 @@ from nc_audit.methods.self_paced import divide, divided_weight, pace_weight
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
 from nc_audit.train import Inputs, check_enough, train
-from nc_audit.train.first_look import first_look
+from nc_audit.train.first_look import first_look, views_of
 from nc_audit.train.loop import Plan
 from nc_audit.train.self_paced import (
     Trained,
@@ -149,7 +149,8 @@ def test_swaps_score_like_noise_where_few_pairs_are_mostly_noise():
         whole = torch.zeros_like(fold_N)  # one fold
         swaps, place_S = _planted(pairs, fold_N, whole, settings, generator, 0.0)
         fold_T = torch.cat([fold_N, fold_N[place_S]])
-        found = first_look(image_ID, caption_CD, pairs, swaps, fold_T, settings)
+        views = views_of(image_ID, caption_CD, len(pairs), settings)
+        found = first_look(views, pairs, swaps, fold_T, settings)
         exchange.append(swaps_auroc(found.evidence.given_N[is_noisy_N], found.evidence.swaps_S))
         rates.append(found.rate - float(is_noisy_N.double().mean()))
     assert sum(exchange) / 6 == pytest.approx(0.5, abs=0.03)
