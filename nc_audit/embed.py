@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,10 @@ AHEAD = 3  # batches decoded ahead of the encoder
 DECODERS = max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read, decode and preprocess."""
 IMAGES_AT_ONCE = 64
+IMAGES_PER_THREAD = 16
+LANES = 2
+"""Batches encoded at once. A GPU is fed the next before it is through with one; the threads of a processor are shared
+out, since two batches on half of them each wait less for each other than all threads do over one."""
 MOST_AT_ONCE = 1024
 _OUT_OF_MEMORY = (
     "not enough memory",
@@ -424,7 +429,8 @@ def embed_images(
     runs = team.share(_runs(missing, max(1, IMAGES_PER_SHARD // batch_size) * batch_size))
     passing: dict[str, str] = {}
     decoded = decoded_ahead(encoder, read, chain.from_iterable(runs), num_workers, AHEAD * batch_size)
-    on_gpu = str(getattr(encoder, "device", "cpu")).startswith("cuda")
+    on_gpu = _is_on_gpu(encoder)
+    lanes = LANES if on_gpu else _lanes_of_processor()
     encode = _Fitting(encoder.encode)
 
     def batches() -> Iterator[list[tuple[Tensor | None, Exception | None]]]:
@@ -441,15 +447,14 @@ def embed_images(
         return vectors, [error for _, error in batch], time.perf_counter() - start
 
     begun, encoding = time.perf_counter(), 0.0
-    # A GPU has the next batch before it is through with one: one thread waits for it, the other feeds it.
-    results = _ahead(encoded, batches(), 1 + on_gpu, 2 + on_gpu)
+    results = _ahead(encoded, batches(), lanes, lanes + 1, None if on_gpu else _shared_out(lanes))
     for rows in runs:
         vectors = torch.zeros(len(rows), encoder.dim)
         errors: list[str | None] = [None] * len(rows)
         unread: set[int] = set()
         for first in range(0, len(rows), batch_size):
             found, problems, seconds = next(results)
-            encoding += seconds
+            encoding += seconds if on_gpu else seconds / lanes
             if found is not None:
                 vectors[[first + at for at, problem in enumerate(problems) if problem is None]] = found
             for place, problem in enumerate(problems, first):
@@ -509,13 +514,15 @@ def embed_captions(
     work = work or Work()
     work.captions += len(missing)
     encode = _Fitting(encoder.encode)
-    run = CAPTIONS_PER_LEARNT_SHARD if encoder.spec == "tfidf" else CAPTIONS_PER_SHARD
+    is_learnt = encoder.spec == "tfidf"
+    run = CAPTIONS_PER_LEARNT_SHARD if is_learnt else CAPTIONS_PER_SHARD
+    lanes = 1 if is_learnt or _is_on_gpu(encoder) else _lanes_of_processor()
     if progress:
         progress(done, len(caption_ids))
     team.meet()  # nothing is written before all have seen what is missing
     for rows in team.share(_runs(missing, run)):
         with work.timed("encode"):
-            vectors = encode([captions[row] for row in rows])
+            vectors = _in_lanes(encode, [captions[row] for row in rows], lanes)
         store.write(
             "caption", encoder.digest, [caption_ids[row] for row in rows], vectors, [None] * len(rows)
         )
@@ -525,6 +532,31 @@ def embed_captions(
     team.meet()
     embedded, _, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
     return embedded
+
+
+def _is_on_gpu(encoder: ImageEncoder | TextEncoder) -> bool:
+    return str(getattr(encoder, "device", "cpu")).startswith("cuda")
+
+
+def _lanes_of_processor() -> int:
+    return min(LANES, torch.get_num_threads())
+
+
+def _shared_out(lanes: int) -> Callable[[], None]:
+    """What a lane's thread does first: take its share of torch's threads."""
+    return partial(torch.set_num_threads, max(1, torch.get_num_threads() // lanes))
+
+
+def _in_lanes(encode: Callable[[list[str]], Tensor], captions: list[str], lanes: int) -> Tensor:
+    """Vectors of captions, which lanes take in turn: long and short ones fall to each alike."""
+    parts = [part for part in (captions[lane::lanes] for lane in range(lanes)) if part]
+    if len(parts) <= 1:
+        return encode(captions)
+    found = list(_ahead(encode, parts, lanes, lanes, _shared_out(lanes)))
+    vectors = found[0].new_empty(len(captions), found[0].shape[1])
+    for lane, part in enumerate(found):
+        vectors[lane::lanes] = part
+    return vectors
 
 
 def _runs(rows: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -571,10 +603,21 @@ def decoded_ahead(
     return _ahead(Decoding(read, encoder.preprocess, encoder.input_size), positions, num_workers, depth)
 
 
-def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: int) -> Iterator[R]:
-    """Results of `work` in order, worked out by threads at most `depth` items ahead of who takes them."""
+def _ahead(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    num_workers: int,
+    depth: int,
+    begin: Callable[[], None] | None = None,
+) -> Iterator[R]:
+    """Results of `work` in order, worked out by threads at most `depth` items ahead of who takes them.
+
+    Each thread calls `begin` first. Torch remembers the number of threads that was set last, by whatever thread, for
+    threads to come; so it is set again at the end.
+    """
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode") as pool:
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode", initializer=begin) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
@@ -585,6 +628,8 @@ def _ahead(work: Callable[[T], R], items: Iterable[T], num_workers: int, depth: 
         finally:
             for future in waiting:
                 future.cancel()
+            if begin is not None:
+                torch.set_num_threads(num_threads)
 
 
 class _Fitting:
@@ -626,13 +671,14 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def batch_that_fits(encoder: ImageEncoder) -> int:
-    """How many images to encode at once: 64 on the processor; on a GPU a power of two that fills half of what is free.
+    """How many images to encode at once: on a processor 16 for each thread of a lane, up to 64; on a GPU a power of two
+    that fills half of what is free.
 
     It is measured by one batch of blank images.
     """
     device = getattr(encoder, "device", "cpu")
     if not str(device).startswith("cuda"):
-        return IMAGES_AT_ONCE
+        return min(IMAGES_AT_ONCE, IMAGES_PER_THREAD * (torch.get_num_threads() // _lanes_of_processor()))
     blank = torch.zeros(IMAGES_AT_ONCE, 3, *encoder.input_size, dtype=torch.uint8)
     try:
         encoder.encode(blank[:1])  # workspaces of the first call are no part of an image's need

@@ -211,7 +211,7 @@ def test_reading_stays_a_bounded_way_ahead(tmp_path):
 
     embed_images(Watching(), ids, reading, EmbeddingStore(tmp_path), batch_size=4, num_workers=2)
     assert sorted(read) == list(range(64))
-    assert max(ahead) <= (embed.AHEAD + 1) * 4  # decoded images, and the batch that waits
+    assert max(ahead) <= (embed.AHEAD + embed.LANES) * 4  # decoded images, and the batches that wait
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, caplog):
@@ -449,5 +449,41 @@ def test_what_was_done_and_what_was_there_is_counted(tmp_path):
     assert work.captions == 10
 
 
-def test_the_processor_takes_64_images_at_once():
-    assert batch_that_fits(Means()) == 64
+@pytest.fixture
+def _threads():
+    num = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("num", "images"), [(1, 16), (2, 16), (3, 16), (4, 32), (16, 64), (64, 64)])
+def test_the_processor_takes_16_images_for_each_thread_of_a_lane(num, images):
+    torch.set_num_threads(num)
+    assert batch_that_fits(Means()) == images
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("num", "each"), [(1, 1), (2, 1), (4, 2)])
+def test_lanes_share_out_the_threads_and_keep_the_order(tmp_path, num, each):
+    torch.set_num_threads(num)
+    seen: set[tuple[str, int]] = set()
+
+    class Images(Means):
+        def encode(self, batch: Tensor) -> Tensor:
+            seen.add(("image", torch.get_num_threads()))
+            return super().encode(batch)
+
+    class Captions(Lengths):
+        def encode(self, captions: list[str]) -> Tensor:
+            seen.add(("caption", torch.get_num_threads()))
+            return super().encode(captions)
+
+    ids, data = _dataset(16)
+    store, captions = EmbeddingStore(tmp_path), ["a" * length for length in range(1, 11)]
+    images, _ = embed_images(Images(), ids, data.__getitem__, store, batch_size=4)
+    assert images[:, 0].round().tolist() == list(range(16))
+    vectors = embed_captions(Captions(), captions, captions, store)
+    assert vectors[:, 0].tolist() == list(range(1, 11))
+    assert seen == {("image", each), ("caption", each)}
+    assert torch.get_num_threads() == num
