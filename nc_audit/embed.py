@@ -539,7 +539,9 @@ def _is_on_gpu(encoder: ImageEncoder | TextEncoder) -> bool:
 
 
 def _lanes_of_processor() -> int:
-    return min(LANES, torch.get_num_threads())
+    """As many as share torch's threads out evenly, if two or three do."""
+    num = torch.get_num_threads()
+    return min(num, next((lanes for lanes in (LANES, LANES + 1) if num % lanes == 0), LANES))
 
 
 def _shared_out(lanes: int) -> Callable[[], None]:
