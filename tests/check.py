@@ -19,11 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_TIER = "not gpu and not network and not benchmark"
 MIN_COVERAGE = 85
+MOST_WORKERS = 8
 
 
 def steps(*, fix: bool, slow: bool, coverage: bool, further: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Name and command of each step, in order; `further` arguments go to pytest."""
-    tests = ["pytest", "-q"]
+    # The tests of a file stay together, for what they share is made once.
+    tests = ["pytest", "-q", "-n", str(num_workers()), "--dist", "loadfile"]
     if slow:
         tests += ["-m", EVERY_TIER]
     if coverage:
@@ -36,6 +38,12 @@ def steps(*, fix: bool, slow: bool, coverage: bool, further: Sequence[str]) -> l
         ("types", ["mypy"]),
         ("tests", [*tests, *further]),
     ]
+
+
+def num_workers() -> int:
+    """Processes that test, each with one thread: one for each processor there is leave to use, up to a bound."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(mine, MOST_WORKERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
