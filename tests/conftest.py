@@ -23,7 +23,7 @@ settings.register_profile(
 )
 settings.load_profile("nc_audit")
 
-# readline, which pytest imports, leaves a terminal's size to the processes that test; output is as wide as off terminals.
+# readline, which pytest imports, leaves a terminal's size to the processes that test, and output would be folded to it.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
