@@ -54,7 +54,7 @@ def views_of(image_ID: Tensor, caption_CD: Tensor, num_pairs: int, settings: Tra
     dims = sorted({min(num, cap) for num in settings.first_look_dims})
     # The components of fewer dimensions are the first of those of more.
     image, caption = (principal_projection(side, dims[-1])(side) for side in (image_ID, caption_CD))
-    return [View(image[:, :num].contiguous(), caption[:, :num].contiguous()) for num in dims]
+    return [View(image[:, :num], caption[:, :num]) for num in dims]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from nc_audit.methods.matching import Asked, Matches, Pairs, match
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
-from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, first_look, joined, views_of, zero_shot
+from nc_audit.train.first_look import MIN_WEIGHT, FirstLook, View, first_look, joined, views_of, zero_shot
 from nc_audit.train.lockstep import Lockstep
 from nc_audit.train.loop import (
     Inputs,
@@ -337,7 +337,7 @@ def train_robustly(
     look_fold_N = assign_folds(pairs.image_N, settings.first_look_folds, generator)
     views = views_of(inputs.image_ID, inputs.caption_CD, len(pairs), settings)
 
-    def look(share: float) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
+    def look(views: list[View], share: float) -> tuple[FirstLook, Evidence | None, Pairs, Tensor]:
         fold_N = assign_folds(
             pairs.image_N if share == 1 else torch.arange(len(pairs)), settings.folds, generator
         )
@@ -348,12 +348,13 @@ def train_robustly(
         return joined(first, untrained), untrained, swaps, torch.cat([fold_N, fold_N[place_S]])
 
     if by_image_share is None:
-        first, untrained, swaps, fold_T = look(0.0)
+        first, untrained, swaps, fold_T = look(views, 0.0)
         by_image_share = share_by_image(first.posterior_N, first.rate, pairs.image_N)
         if by_image_share > 0:
-            first, untrained, swaps, fold_T = look(by_image_share)
+            first, untrained, swaps, fold_T = look(views, by_image_share)
     else:
-        first, untrained, swaps, fold_T = look(by_image_share)
+        first, untrained, swaps, fold_T = look(views, by_image_share)
+    del views  # of many pairs, too much to keep while heads train
     whole_images = by_image_share == 1
     posterior = first.evidence.posterior(first.rate)
     prior_T = (1 - torch.cat([posterior.given_N, posterior.swaps_S])).clamp_min(MIN_WEIGHT)
