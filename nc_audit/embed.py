@@ -46,7 +46,7 @@ AHEAD = 3  # batches decoded ahead of the encoder
 DECODERS = max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read, decode and preprocess."""
 IMAGES_AT_ONCE = 64
-IMAGES_PER_THREAD = 16
+IMAGES_PER_THREAD = 16  # of a processor's lane
 LANES = 2
 """Batches encoded at once. A GPU is fed the next before it is through with one; the threads of a processor are shared
 out, since two batches on half of them each wait less for each other than all threads do over one."""
