@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from nc_audit.errors import EncoderError, nearest
 from nc_audit.hub import refusal
@@ -45,6 +45,20 @@ BUILTIN_COST = (
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf", "st:")
 PAIR_SPECS = ("auto", "builtin", "open_clip:")
+
+
+class _ForSome(NamedTuple):
+    """What only some of open_clip's models use: what tells them, and the module and class that use it."""
+
+    mark: str
+    module: str
+    tower: str
+
+
+_FOR_SOME = {
+    "transformers": _ForSome('"hf_', "hf_model", "HFTextEncoder"),
+    "timm": _ForSome('"timm_', "timm_model", "TimmModel"),
+}
 
 
 @runtime_checkable
@@ -297,23 +311,38 @@ def _automatic(notes: list[str]) -> tuple[str, str]:
 
 
 def _open_clip_towers(spec: str) -> ModuleType:
-    """The module of open_clip's towers, imported without transformers where the model has no use for them.
+    """The module of open_clip's towers, imported without what only some models have a use for (`_FOR_SOME`).
 
-    open_clip imports transformers for a few text towers only, which takes about as long as all the rest of it.
+    open_clip imports both packages in any case, which takes longer than all the rest of it.
     """
     name = re.split("[/@]", spec.removeprefix("open_clip:"))[0]
     home = importlib.util.find_spec("open_clip")
     config = Path((home and home.origin) or "").parent / "model_configs" / f"{name}.json"
-    spared = (
-        "transformers" not in sys.modules and config.is_file() and '"hf_' not in config.read_text("utf-8")
-    )
-    if spared:
-        sys.modules["transformers"] = None  # type: ignore[assignment]
+    settings = config.read_text("utf-8") if config.is_file() else None
+    spared = [
+        package
+        for package, some in _FOR_SOME.items()
+        if package not in sys.modules and settings is not None and some.mark not in settings
+    ]
+    for package in spared:
+        sys.modules[package] = None  # type: ignore[assignment]
     try:
-        return importlib.import_module("nc_audit.encoders.open_clip_towers")
+        towers = importlib.import_module("nc_audit.encoders.open_clip_towers")
     finally:
-        if spared:
-            del sys.modules["transformers"]
+        for package in spared:
+            del sys.modules[package]
+    for package in _FOR_SOME.keys() - spared:
+        _no_longer_spared(package)
+    return towers
+
+
+def _no_longer_spared(package: str) -> None:
+    """Have open_clip find a package that it was imported without, for a model before this one."""
+    some = _FOR_SOME[package]
+    wrapper = sys.modules[f"open_clip.{some.module}"]
+    if getattr(wrapper, package) is None:
+        importlib.reload(wrapper)
+        setattr(sys.modules["open_clip.model"], some.tower, getattr(wrapper, some.tower))
 
 
 def _check(spec: str, file: Path | None, side: str) -> None:
