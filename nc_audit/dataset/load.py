@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ Progress = Callable[[int, int | None], None]
 
 _DEFAULTS = LoadOptions()
 _FILES_AT_ONCE = 64
+_SLOW = 0.0005  # seconds a file: most of it is waiting and hashing, which threads do side by side
 _HOW = {
     "image_root": "{} with an image found below --image-root by the path as given",
     "ending": "{} with an image whose path does not exist here, found by the path's ending",
@@ -258,16 +260,33 @@ def _fetch(images: list[_Image], downloads: Path, finder: ImageFinder, progress:
 
 
 def _fingerprints(paths: list[str], progress: Progress | None) -> dict[str, tuple[str | None, str | None]]:
-    """Content hash and problem of each file."""
+    """Content hash and problem of each file.
+
+    Small files that need no waiting are read by this thread alone: several would mostly wait for Python.
+    """
     prints: dict[str, tuple[str | None, str | None]] = {}
-    stretches = [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
+    stretches = iter(
+        [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
+    )
+
+    def read(stretch: list[str]) -> list[tuple[str, tuple[str | None, str | None]]]:
+        return [(one, fingerprint(one)) for one in stretch]
+
+    def keep(found: list[tuple[str, tuple[str | None, str | None]]]) -> None:
+        prints.update(found)
+        if progress:
+            progress(len(prints), len(paths))
+
+    slow_in_a_row = 0  # the first stretch is slow in any case: decoders are imported
+    for stretch in stretches:
+        start = time.perf_counter()
+        keep(read(stretch))
+        slow_in_a_row = slow_in_a_row + 1 if time.perf_counter() - start > _SLOW * len(stretch) else 0
+        if slow_in_a_row == 2:
+            break
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        for stretch, found in zip(
-            stretches, pool.map(lambda few: [fingerprint(one) for one in few], stretches), strict=True
-        ):
-            prints.update(zip(stretch, found, strict=True))
-            if progress:
-                progress(len(prints), len(paths))
+        for found in pool.map(read, stretches):
+            keep(found)
     return prints
 
 

@@ -401,11 +401,12 @@ class OpenClipCaptions:
 
 
 def _fits(caption: str, num_tokens: int) -> bool:
-    """Whether a caption makes no more tokens than that, as can be told by its length: each is of a byte at least.
+    """Whether a caption makes no more tokens than that, as can be told by its length.
 
-    Cleaning may lengthen what is not ASCII, and what stands for something else in HTML.
+    Each token is of a byte at least that is no space. Cleaning may lengthen what is not ASCII, and what stands for
+    something else in HTML.
     """
-    return len(caption) <= num_tokens and caption.isascii() and "&" not in caption
+    return len(caption) - caption.count(" ") <= num_tokens and caption.isascii() and "&" not in caption
 
 
 def _hidden(tower: Any, tokens_BL: Tensor) -> Tensor:

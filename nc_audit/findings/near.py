@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,8 @@ NEAR_BITS = 26  # of 256
 HASHED = 4_000  # images decoded for their hash, at most, or this share of them:
 HASHED_SHARE = 0.25
 HASH_SIZE = (272, 256)  # pixels: a picture may be decoded smaller than it is, but not below this
-_DECODERS = 4
+_DECODERS = 4  # threads, at most; more than there are processors hinder each other
+_DECODED_AT_ONCE = 32
 _HASH_BYTES = 32
 _PROPOSED = 1_000_000  # pairs of near-identical embeddings kept, at most
 _AT_ONCE = 1 << 16  # pairs compared at once
@@ -75,8 +77,10 @@ def near_duplicates(
         asked = np.unique(np.stack([left, right], 1))
     hashes = np.zeros((num, _HASH_BYTES), np.uint8)
     is_read = np.zeros(num, bool)
-    with ThreadPoolExecutor(_DECODERS) as threads:
-        for one, seen in zip(asked.tolist(), threads.map(read_hash, asked.tolist()), strict=True):
+    stretches = [asked[at : at + _DECODED_AT_ONCE].tolist() for at in range(0, len(asked), _DECODED_AT_ONCE)]
+    with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as threads:
+        read = threads.map(lambda some: [(one, read_hash(one)) for one in some], stretches)
+        for one, seen in chain.from_iterable(read):
             if seen is not None:
                 hashes[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
                 is_read[one] = True
