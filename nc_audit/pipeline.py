@@ -138,7 +138,11 @@ def score_dataset(
             pass  # that another process holds it should be told before the encoders are looked for
     audit.hashing  # noqa: B018  meanwhile, libraries are imported
     # What cannot be had should be told before anything is written.
-    audit.encoder_plan  # noqa: B018
+    plan = audit.encoder_plan
+    if not (out / MANIFEST).exists():
+        from nc_audit.encoders import find_weights
+
+        find_weights(plan)
     check_search(recipe.score)
     with audit.run.locked():
         if (out / MANIFEST).exists():

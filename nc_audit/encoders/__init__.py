@@ -367,6 +367,25 @@ def _check(spec: str, file: Path | None, side: str) -> None:
         raise EncoderError(f"unknown {side} encoder {spec!r}", nearest(spec, known))
 
 
+def find_weights(plan: EncoderPlan) -> None:
+    """Whether the weights that a plan names are at hand or can be fetched; answers within seconds, fetches nothing.
+
+    Raises:
+        EncoderError: they are not in the cache, and the hub cannot be reached.
+    """
+    for spec, file in {(plan.image, plan.image_weights): None, (plan.text, plan.text_weights): None}:
+        if spec.startswith("open_clip:"):
+            _open_clip_towers(spec).find_weights(spec, file)
+        elif spec.startswith("timm:"):
+            from nc_audit.encoders import timm_tower
+
+            timm_tower.find_weights(spec, file)
+        elif spec.startswith("st:"):
+            from nc_audit.encoders import sentence_tower
+
+            sentence_tower.find_weights(spec)
+
+
 def load_encoders(plan: EncoderPlan) -> Encoders:
     """Read or fetch the weights that a plan names.
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from nc_audit.encoders.weights import (
     autocast,
+    check_at_hand,
     digest_of_encoder,
     hub_file,
     lowered_,
@@ -76,6 +77,20 @@ def check_spec(spec: str, file: Path | None) -> None:
         EncoderError: a part of the spec is unknown or missing.
     """
     _parse(spec, file)
+
+
+def find_weights(spec: str, file: Path | None) -> None:
+    """Whether the weights are at hand: a file, in the hub's cache, or on the hub while it can be reached.
+
+    Raises:
+        EncoderError: they are not.
+    """
+    kind, name, file = _parse(spec, file)
+    if kind == "hub":
+        check_at_hand(name, (HUB_CONFIG,), spec)
+    if file is None:
+        repository, names = (name, HUB_NAMES) if kind == "hub" else hub_home(*name.split("/", 1))
+        check_at_hand(repository, names, spec)
 
 
 def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nc_audit.encoders.weights import autocast, cached_file, digest_of_encoder
+from nc_audit.encoders.weights import autocast, check_at_hand, digest_of_encoder
 from nc_audit.errors import EncoderError
-from nc_audit.hub import refusal
 
 if TYPE_CHECKING:
     from nc_audit.encoders import EncoderPlan
@@ -52,9 +51,7 @@ class SentenceEncoder:
         self.device, self.precision = plan.device, plan.precision
         if plan.text_weights is not None:
             raise EncoderError(f"{self.spec} takes no --text-weights", "name its folder: st:FOLDER")
-        name = self.spec.removeprefix("st:")
-        folder = Path(name).expanduser()
-        self.model = _load(str(folder) if folder.is_dir() else _repository(name), folder.is_dir(), plan)
+        self.model = _load(*find_weights(self.spec), plan)
         self.dim = int(self.model.get_embedding_dimension())
         facts = {
             "spec": "st",  # the same weights are the same encoder, wherever their folder is
@@ -88,21 +85,26 @@ class SentenceEncoder:
         return [len(one) > longest for one in tokens]
 
 
-def _repository(name: str) -> str:
-    """The hub's name of a model; names without an owner are sentence-transformers' own.
+def find_weights(spec: str) -> tuple[str, bool]:
+    """Where sentence-transformers finds a model: its folder, or its name on the hub; and whether it is a folder.
+
+    Names without an owner are sentence-transformers' own.
 
     Raises:
         EncoderError: it is not in the cache, and the hub cannot be reached.
     """
+    name = spec.removeprefix("st:")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder), True
     repository = name if "/" in name else f"sentence-transformers/{name}"
-    if cached_file(repository, MARKS) is None:
-        why_not = refusal("models", repository)
-        if why_not is not None:
-            raise EncoderError(
-                f"st:{name} is not in the cache, and {why_not}",
-                "give a local folder (st:FOLDER), fetch it once where there is a network, or use tfidf",
-            )
-    return repository
+    check_at_hand(
+        repository,
+        MARKS,
+        spec,
+        "give a local folder (st:FOLDER), fetch it once where there is a network, or use tfidf",
+    )
+    return repository, False
 
 
 def _load(where: str, is_local: bool, plan: EncoderPlan) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from nc_audit.encoders.weights import (
     autocast,
+    check_at_hand,
     digest_of_encoder,
     hub_file,
     lowered_,
@@ -40,6 +43,32 @@ def check_spec(spec: str) -> None:
         )
 
 
+def find_weights(spec: str, file: Path | None) -> None:
+    """Whether the weights are at hand: a file, in the hub's cache, or on the hub while it can be reached.
+
+    Raises:
+        EncoderError: they are not.
+    """
+    if file is None:
+        published = timm.models.get_pretrained_cfg(spec.removeprefix("timm:"))
+        check_at_hand(*_hub_home(spec, vars(published) if published else {}), spec)
+
+
+def _hub_home(spec: str, published: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Repository on the hub that holds a model, and the names that its weights may have there.
+
+    Raises:
+        EncoderError: timm publishes none.
+    """
+    repository, name = published.get("hf_hub_id"), published.get("hf_hub_filename")
+    if not repository:
+        raise EncoderError(
+            f"timm publishes no weights for {spec.removeprefix('timm:')}",
+            "give them with --image-weights FILE",
+        )
+    return repository, (name,) if name else HUB_NAMES
+
+
 class TimmImageEncoder:
     """Pooled output of a timm backbone, on the backbone's own scale (not unit norm).
 
@@ -55,13 +84,7 @@ class TimmImageEncoder:
         model = _build(name, chosen.options, num_classes=0)
         path = plan.image_weights
         if path is None:
-            repository = model.pretrained_cfg.get("hf_hub_id")
-            if not repository:
-                raise EncoderError(
-                    f"timm publishes no weights for {name}", "give them with --image-weights FILE"
-                )
-            file_name = model.pretrained_cfg.get("hf_hub_filename")
-            path = hub_file(repository, (file_name,) if file_name else HUB_NAMES, self.spec)
+            path = hub_file(*_hub_home(self.spec, model.pretrained_cfg), self.spec)
         model = _filled(model, read_weights(path), name, chosen.options, path.name)
         config = timm.data.resolve_model_data_config(model)
         config |= {"crop_pct": 1.0, "crop_mode": "squash"}

@@ -88,21 +88,33 @@ def cached_file(repository: str, names: Sequence[str]) -> Path | None:
     return None
 
 
+def check_at_hand(
+    repository: str,
+    names: Sequence[str],
+    spec: str,
+    hint: str = "give local weights, fetch them once where there is a network, or use --encoder builtin",
+) -> Path | None:
+    """The first of the named files that the hub's cache holds; None where the hub has to be asked, and can be.
+
+    Raises:
+        EncoderError: it is not in the cache, and the hub cannot be reached.
+    """
+    found = cached_file(repository, names)
+    why_not = refusal("models", repository) if found is None else None
+    if why_not is not None:
+        raise EncoderError(f"the weights of {spec} are not in the cache, and {why_not}", hint)
+    return found
+
+
 def hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     """The first of the named files, from the hub's cache or else fetched from the hub.
 
     Raises:
         EncoderError: it is not in the cache, and the hub cannot be reached or has none of the files.
     """
-    found = cached_file(repository, names)
+    found = check_at_hand(repository, names, spec)
     if found is not None:
         return found
-    why_not = refusal("models", repository)
-    if why_not is not None:
-        raise EncoderError(
-            f"the weights of {spec} are not in the cache, and {why_not}",
-            "give local weights, fetch them once where there is a network, or use --encoder builtin",
-        )
     from huggingface_hub import hf_hub_download
 
     problems = []

@@ -15,6 +15,7 @@ from nc_audit.encoders import (
     AUTO_FILES,
     AUTO_REPOSITORY,
     BUILTIN_COST,
+    find_weights,
     load_encoders,
     plan_encoders,
     weights,
@@ -23,6 +24,8 @@ from nc_audit.encoders.open_clip_towers import HUB_NAMES, hub_home
 from nc_audit.encoders.patches import Patches
 from nc_audit.encoders.tfidf import Tfidf
 from nc_audit.errors import EncoderError
+from nc_audit.pipeline import score_dataset
+from nc_audit.recipe import build_recipe
 
 
 @pytest.fixture
@@ -115,12 +118,40 @@ def test_the_answer_of_the_hub_decides(monkeypatch, no_cache, status, refusal):
 def test_published_weights_that_cannot_be_had_are_refused_quickly(offline):
     for arguments in ({"encoder": AUTO}, {"image_encoder": "timm:resnet18"}):
         plan = plan_encoders(**arguments)
-        with pytest.raises(EncoderError) as caught:
-            load_encoders(plan)
-        assert str(caught.value) == (
-            f"the weights of {plan.image} are not in the cache, and HF_HUB_OFFLINE is set "
-            "(give local weights, fetch them once where there is a network, or use --encoder builtin)"
+        for ask in (find_weights, load_encoders):
+            with pytest.raises(EncoderError) as caught:
+                ask(plan)
+            assert str(caught.value) == (
+                f"the weights of {plan.image} are not in the cache, and HF_HUB_OFFLINE is set "
+                "(give local weights, fetch them once where there is a network, or use --encoder builtin)"
+            )
+
+
+def test_weights_of_a_file_or_learnt_from_the_set_are_at_hand(offline, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    find_weights(plan_encoders("builtin"))
+    find_weights(plan_encoders(f"open_clip:ViT-B-32@{tmp_path / 'weights.safetensors'}"))
+    find_weights(
+        plan_encoders(
+            image_encoder="timm:resnet18",
+            text_encoder="tfidf",
+            image_weights=tmp_path / "weights.safetensors",
         )
+    )
+
+
+def test_a_run_whose_weights_cannot_be_had_is_not_begun(offline, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "captions.csv").write_text("image,caption\na.png,a tree\n")
+    recipe = build_recipe(
+        settings={
+            "image": {"encoder": "open_clip:ViT-B-32/openai"},
+            "text": {"encoder": "open_clip:ViT-B-32/openai"},
+        }
+    )
+    with pytest.raises(EncoderError, match="are not in the cache"):
+        score_dataset(tmp_path / "set", tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

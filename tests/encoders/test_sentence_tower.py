@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nc_audit.encoders import load_encoders, plan_encoders
+from nc_audit.encoders import find_weights, load_encoders, plan_encoders
 from nc_audit.errors import EncoderError
 
 pytest.importorskip("sentence_transformers", reason="the extra st is not installed")
@@ -105,9 +105,12 @@ def test_a_model_that_is_not_at_hand_offline(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     plan = plan_encoders(image_encoder="patches", text_encoder="st:no-such-model")
-    with pytest.raises(EncoderError) as caught:
-        load_encoders(plan)
-    assert caught.value.message == "st:no-such-model is not in the cache, and HF_HUB_OFFLINE is set"
+    for ask in (find_weights, load_encoders):
+        with pytest.raises(EncoderError) as caught:
+            ask(plan)
+        assert caught.value.message == (
+            "the weights of st:no-such-model are not in the cache, and HF_HUB_OFFLINE is set"
+        )
 
 
 def test_it_encodes_captions_only():
