@@ -25,7 +25,8 @@ MOST_WORKERS = 8
 def steps(*, fix: bool, slow: bool, coverage: bool, further: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Name and command of each step, in order; `further` arguments go to pytest."""
     # The tests of a file stay together, for what they share is made once.
-    tests = ["pytest", "-q", "-n", str(num_workers()), "--dist", "loadfile"]
+    # pytest-benchmark, where an environment happens to have it, warns beside several workers, and warnings are errors.
+    tests = ["pytest", "-q", "-p", "no:benchmark", "-n", str(num_workers()), "--dist", "loadfile"]
     if slow:
         tests += ["-m", EVERY_TIER]
     if coverage:
