@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ NEAR_COSINE = 0.9  # of centred embeddings; the hash decides
 NEAR_BITS = 26  # of 256
 HASHED = 4_000  # images decoded for their hash, at most, or this share of them:
 HASHED_SHARE = 0.25
+FRUITLESS = 1_000  # images hashed in a row without a near-duplicate among them: the search ends
 HASH_SIZE = (272, 256)  # pixels: a picture may be decoded smaller than it is, but not below this
 _DECODERS = 4  # threads, at most; more than there are processors hinder each other
 _DECODED_AT_ONCE = 32
@@ -49,8 +50,9 @@ def near_duplicates(
 ) -> list[tuple[int, int]]:
     """Pairs of distinct images that look the same: near-identical embeddings, confirmed by their hashes.
 
-    A random projection to 32 dimensions proposes, the whole embedding and the hash decide. Memory beyond the
-    embeddings is the projections and what they propose.
+    A random projection to 32 dimensions proposes, the whole embedding and the hash decide. The closest are compared
+    first, and the search ends where it has become fruitless: an encoder that sees little proposes nearly everything.
+    Memory beyond the embeddings is the projections and what they propose.
 
     Args:
         embedding_ID: what tells images apart, shape [I, D].
@@ -66,31 +68,64 @@ def near_duplicates(
     left, right = _closest(_Centred.of(embedding_ID), found)
     if not len(left):
         return []
-    # Images in the order in which the pairs, the closest first, ask for them.
-    asked, first = np.unique(np.stack([left, right], 1), return_index=True)
+    # How many images the pairs up to each one ask for, the closest pair first.
+    _, first = np.unique(np.stack([left, right], 1), return_index=True)
     num_asked = np.bincount(first // 2, minlength=len(left)).cumsum()
-    most = max(HASHED, int(HASHED_SHARE * num))
-    within = num_asked <= most
-    if not within.all():
-        found.capped.append(f"near-duplicate images: the closest {most:,} images were compared by hash")
-        left, right = left[within], right[within]
-        asked = np.unique(np.stack([left, right], 1))
-    hashes = np.zeros((num, _HASH_BYTES), np.uint8)
-    is_read = np.zeros(num, bool)
-    stretches = [asked[at : at + _DECODED_AT_ONCE].tolist() for at in range(0, len(asked), _DECODED_AT_ONCE)]
-    with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as threads:
-        read = threads.map(lambda some: [(one, read_hash(one)) for one in some], stretches)
-        for one, seen in chain.from_iterable(read):
-            if seen is not None:
-                hashes[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
-                is_read[one] = True
+    num_pairs = int(np.searchsorted(num_asked, max(HASHED, int(HASHED_SHARE * num)), side="right"))
+    hashes = _Hashes.none(num)
     confirmed: list[tuple[int, int]] = []
-    for start in range(0, len(left), _AT_ONCE):
-        some, others = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
-        differing = np.bitwise_count(hashes[some] ^ hashes[others]).sum(1, dtype=np.int64)
-        alike = is_read[some] & is_read[others] & (differing <= NEAR_BITS)
-        confirmed += zip(some[alike].tolist(), others[alike].tolist(), strict=True)
+    start, before = 0, 0
+    with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as threads:
+        while start < num_pairs:
+            enough = int(np.searchsorted(num_asked, before + FRUITLESS, side="right"))
+            part = slice(start, min(num_pairs, enough))
+            start, before = part.stop, int(num_asked[part.stop - 1])
+            hashes.read(np.unique(np.stack([left[part], right[part]])), read_hash, threads)
+            more = hashes.alike(left[part], right[part])
+            confirmed += more
+            if not more:
+                break
+    if start < len(left):
+        told = f"near-duplicate images: the closest {before:,} images were compared by hash"
+        found.capped.append(told + (", the last of them in vain" if start < num_pairs else ""))
     return sorted(confirmed)
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    """Hashes of images as far as they are read: bytes of shape [I, 32], and bool [I] whether there is one."""
+
+    bytes_IB: np.ndarray
+    is_asked_I: np.ndarray
+    is_read_I: np.ndarray
+
+    @classmethod
+    def none(cls, num: int) -> _Hashes:
+        """Of so many images, none is read."""
+        return cls(np.zeros((num, _HASH_BYTES), np.uint8), np.zeros(num, bool), np.zeros(num, bool))
+
+    def read(
+        self, images: np.ndarray, read_hash: Callable[[int], int | None], threads: ThreadPoolExecutor
+    ) -> None:
+        """Read those of some images that were not asked for yet."""
+        new = images[~self.is_asked_I[images]]
+        self.is_asked_I[new] = True
+        parts = [new[at : at + _DECODED_AT_ONCE].tolist() for at in range(0, len(new), _DECODED_AT_ONCE)]
+        for part in threads.map(lambda some: [(one, read_hash(one)) for one in some], parts):
+            for one, seen in part:
+                if seen is not None:
+                    self.bytes_IB[one] = np.frombuffer(seen.to_bytes(_HASH_BYTES, "big"), np.uint8)
+                    self.is_read_I[one] = True
+
+    def alike(self, left: np.ndarray, right: np.ndarray) -> list[tuple[int, int]]:
+        """The pairs of images whose hashes confirm that they look the same."""
+        confirmed: list[tuple[int, int]] = []
+        for start in range(0, len(left), _AT_ONCE):
+            some, others = left[start : start + _AT_ONCE], right[start : start + _AT_ONCE]
+            differing = np.bitwise_count(self.bytes_IB[some] ^ self.bytes_IB[others]).sum(1, dtype=np.int64)
+            alike = self.is_read_I[some] & self.is_read_I[others] & (differing <= NEAR_BITS)
+            confirmed += zip(some[alike].tolist(), others[alike].tolist(), strict=True)
+        return confirmed
 
 
 def _closest(vectors: _Centred, found: Found) -> tuple[np.ndarray, np.ndarray]:

@@ -35,11 +35,22 @@ def test_capped_searches_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hashed", "proposed", "dense"),
-    [(1000, 10_000, 1), (12, 10_000, 1), (1000, 30, 1), (0, 10_000, 1), (1000, 10_000, 0), (1000, 30, 0)],
+    ("hashed", "proposed", "dense", "fruitless"),
+    [
+        (1000, 10_000, 1, 1000),
+        (12, 10_000, 1, 1000),
+        (1000, 30, 1, 1000),
+        (0, 10_000, 1, 1000),
+        (1000, 10_000, 0, 1000),
+        (1000, 30, 0, 1000),
+        (1000, 10_000, 1, 9),
+        (12, 10_000, 1, 4),
+        (1000, 10_000, 1, 2),
+    ],
 )
-def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed, dense):
+def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed, dense, fruitless):
     """An encoder that sees little proposes most pairs; the closest are compared, up to the limits."""
+    monkeypatch.setattr(near, "FRUITLESS", fruitless)
     monkeypatch.setattr(near, "HASHED", hashed)
     monkeypatch.setattr(near, "HASHED_SHARE", 0)
     monkeypatch.setattr(near, "_PROPOSED", proposed)
@@ -50,6 +61,7 @@ def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed,
     vectors = draw.normal(size=(40, 6)).astype(np.float32)
     vectors[:30] = vectors[:3].repeat(10, 0) + 0.1 * draw.normal(size=(30, 6)).astype(np.float32)
     hashes = [int.from_bytes(draw.bytes(2), "big") << 240 for _ in range(40)]
+    hashes[10:30:2] = [int.from_bytes(draw.bytes(32), "big") for _ in range(10)]  # like nothing else
     hashes[5:9] = [hashes[5] ^ (1 << bit) for bit in range(4)]
 
     def read(image: int) -> int | None:
@@ -63,17 +75,28 @@ def test_near_duplicates_against_a_slow_reference(monkeypatch, hashed, proposed,
         for b in range(a + 1, 40)
         if centred[a] @ centred[b] >= near.NEAR_COSINE
     )
-    expected, seen = [], set()
+    expected, seen, num_before, is_fruitful, is_all = [], set(), 0, False, True
     for _, a, b in close[:proposed]:
-        if len(seen | {a, b}) > hashed:
+        is_all = len(seen | {a, b}) <= hashed
+        if not is_all:
             break
+        if len(seen | {a, b}) > num_before + fruitless:
+            is_all = is_fruitful
+            if not is_fruitful:
+                break
+            num_before, is_fruitful = len(seen), False
         seen |= {a, b}
         if None not in (read(a), read(b)) and (hashes[a] ^ hashes[b]).bit_count() <= near.NEAR_BITS:
             expected.append((a, b))
+            is_fruitful = True
+    asked = []
     found = Found()
-    assert near.near_duplicates(vectors, read, found) == sorted(expected)
+    pairs = near.near_duplicates(vectors, lambda image: asked.append(image) or read(image), found)
+    assert pairs == sorted(expected)
+    assert sorted(asked) == sorted(seen)
     assert len(close) > 100
-    assert len(found.capped) == (hashed < 40) + (proposed < 100)
+    assert len(found.capped) == (not is_all) + (proposed < 100)
+    assert is_all == (hashed == 1000 and fruitless > 4)
 
 
 @pytest.mark.parametrize("dense", [0, 1])
