@@ -373,7 +373,7 @@ def find_weights(plan: EncoderPlan) -> None:
     Raises:
         EncoderError: they are not in the cache, and the hub cannot be reached.
     """
-    for spec, file in {(plan.image, plan.image_weights): None, (plan.text, plan.text_weights): None}:
+    for spec, file in dict.fromkeys([(plan.image, plan.image_weights), (plan.text, plan.text_weights)]):
         if spec.startswith("open_clip:"):
             _open_clip_towers(spec).find_weights(spec, file)
         elif spec.startswith("timm:"):

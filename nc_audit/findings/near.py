@@ -93,7 +93,7 @@ def near_duplicates(
 
 @dataclass(frozen=True)
 class _Hashes:
-    """Hashes of images as far as they are read: bytes of shape [I, 32], and bool [I] whether there is one."""
+    """Hashes of images, [I, 32] bytes, as far as asked for; and bool [I] whether one was, and could be read."""
 
     bytes_IB: np.ndarray
     is_asked_I: np.ndarray
