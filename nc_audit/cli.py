@@ -694,7 +694,7 @@ def bench(
     kinds: Annotated[
         str,
         typer.Option(
-            "--kinds", help="Comma list of caption, image, donor, class, block, truncated, mixture."
+            "--kinds", help="Comma list of caption, image, donor, class, block, truncated, mixture, word."
         ),
     ] = "caption",
     rates: Annotated[

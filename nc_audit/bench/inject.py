@@ -1,4 +1,4 @@
-"""Known noise for a bench: captions of clean pairs moved or cut by a stated rule, with the truth about every row.
+"""Known noise for a bench: captions of clean pairs moved or changed by a stated rule, with the truth about every row.
 
 The kinds are not interchangeable, and figures of one are not to be compared with figures of another:
 
@@ -9,10 +9,11 @@ The kinds are not interchangeable, and figures of one are not to be compared wit
     block      one run of rows, in the order given, has its captions shifted by a constant, as by a join that slipped
     truncated  captions of chosen rows lose their end: half of the words or more
     mixture    half of the rate by image, half by caption on rows of other images
+    word       one content word of chosen rows' captions becomes another of the set that no caption of the image has
 
 The truth is worked out anew after the fact: a row is noisy when its caption is none of its image's own captions as
-they were. A truncated caption is noisy by that rule too, though it may describe its image, if poorly: report the kind
-by itself, and no rate of mismatches from it.
+they were. A truncated caption is noisy by that rule too, though it may describe its image, if poorly, and so is one
+whose new word happens to be true of the image: report these kinds by themselves, and no rate of mismatches from them.
 
 Shapes: N = rows; I = images; K = chosen rows or images.
 """
@@ -27,10 +28,11 @@ from functools import partial
 
 import numpy as np
 
+from nc_audit.bench.words import ContentWords, words_of
 from nc_audit.dataset import normalise_caption
 from nc_audit.errors import RecipeError, nearest
 
-KINDS = ("caption", "image", "donor", "class", "block", "truncated", "mixture")
+KINDS = ("caption", "image", "donor", "class", "block", "truncated", "mixture", "word")
 RULES = {"image": 2, "mixture": 2}
 """Version of a kind's rule, where it is not the first: figures of different rules are not of the same noise."""
 MAX_RATE = 0.95
@@ -50,7 +52,7 @@ class Injected:
             realised rate.
         changed: bool [N], True where the row's image or caption, to the letter, is not the original one; every noisy
             row is.
-        donor: int64 [N], row whose original caption this row carries, whole or cut; its own where nothing moved.
+        donor: int64 [N], row whose original caption this row carries, whole or changed; its own where nothing moved.
     """
 
     captions: list[str]
@@ -142,6 +144,8 @@ def inject(
     if kind == "truncated":
         for row in rows.random_order()[:num_chosen].tolist():
             new[row] = _cut(captions[row], rows.rng.uniform(0.25, 0.5))
+    elif kind == "word":
+        new = rows.misword(captions, num_chosen)
     return Injected(
         new,
         rows.image_N,
@@ -199,6 +203,21 @@ class _Rows:
         most = max(Counter(self.image_N[block].tolist()).values())
         low, high = (most, length - most) if 2 * most <= length else (1, length - 1)
         donor[block] = np.roll(block, -int(self.rng.integers(low, high + 1)))
+
+    def misword(self, captions: Sequence[str], num_chosen: int) -> list[str]:
+        """Captions of which the chosen number has one wrong word; rows without a content word are passed over."""
+        words, new = ContentWords(captions), list(captions)
+        known: defaultdict[int, set[str]] = defaultdict(set)
+        for image, caption in zip(self.image_N.tolist(), captions, strict=True):
+            known[image] |= words_of(caption)
+        for row in self.random_order().tolist():
+            if not num_chosen:
+                break
+            changed = words.replace_one(captions[row], known[int(self.image_N[row])], self.rng)
+            if changed is not None:
+                new[row] = changed
+                num_chosen -= 1
+        return new
 
     def exchange_images(self, rate: float) -> np.ndarray:
         """Chosen images exchange their captions, whole sets of any size; which rows that moved, bool [N].

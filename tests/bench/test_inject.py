@@ -51,7 +51,11 @@ def truth(images, old, found):
 def plain_set(num_images=400, per_image=5):
     images = np.repeat(np.arange(num_images), per_image).tolist()
     words = ["many", "green", "trees", "stand", "around", "the", "large", "square", "of"]
-    captions = [f"{' '.join(words[: 3 + row % 6])} place {image} {row}" for row, image in enumerate(images)]
+    seen = ["lake", "farm", "port", "beach", "forest", "stadium", "bridge"]
+    captions = [
+        f"{' '.join(words[: 3 + row % 6])} {seen[image % 7]} place {image} {row}"
+        for row, image in enumerate(images)
+    ]
     return images, captions
 
 
@@ -77,6 +81,8 @@ def test_a_caption_comes_from_its_donor_and_no_more_rows_change_than_were_chosen
         if kind == "truncated":
             assert donor == row
             assert captions[row].startswith(found.captions[row])
+        elif kind == "word":
+            assert donor == row
         else:
             assert found.captions[row] == captions[donor]
     if kind not in ("image", "mixture"):
@@ -135,13 +141,15 @@ def test_block_noise_is_one_run_shifted_by_a_constant(rows, rate, seed):
         assert len(set(((found.donor[moved] - moved) % len(moved)).tolist())) == 1
 
 
-@given(clean_rows(), st.sampled_from(["caption", "donor", "class"]), st.integers(0, 5))
+@given(clean_rows(), st.sampled_from(["caption", "donor", "class", "word"]), st.integers(0, 5))
 def test_rows_chosen_at_a_lower_rate_are_chosen_at_a_higher_one(rows, kind, seed):
     images, captions = rows
     if kind == "donor" and len(set(captions)) == 1:
         return
     few, many = (inject(images, captions, kind, rate, seed, classes_for(images)) for rate in (0.3, 0.7))
     own = np.arange(len(captions))
+    if kind == "word":
+        assert (few.changed <= many.changed).all()
     assert ((few.donor == own) | (many.donor != own) | ~many.changed).all()
 
 
@@ -213,6 +221,49 @@ def test_truncated_captions_lose_half_of_their_words_or_more():
     assert max(kept) > 0.45
 
 
+@given(clean_rows(), RATES, st.integers(0, 5))
+def test_one_word_of_a_caption_becomes_one_that_its_image_never_has(rows, rate, seed):
+    images, captions = rows
+    found = inject(images, captions, "word", rate, seed)
+    for row in np.flatnonzero(found.changed).tolist():
+        old, new = captions[row].split(), found.captions[row].split()
+        at = [place for place, (one, other) in enumerate(zip(old, new, strict=True)) if one != other]
+        assert len(at) == 1
+        own = {
+            word.lower().strip(".")
+            for image, caption in zip(images, captions, strict=True)
+            if image == images[row]
+            for word in caption.split()
+        }
+        everywhere = {word.lower().strip(".") for caption in captions for word in caption.split()}
+        assert new[at[0]].lower().strip(".") in everywhere - own
+
+
+def test_a_wrong_word_is_a_content_word_that_follows_the_same_word_elsewhere():
+    images = list(range(12))
+    kinds = ["lake", "farm", "port", "beach"]
+    captions = [f"A photo of a {kinds[image % 4]}, near {image + 2} trucks" for image in images[:8]]
+    captions += ["two cars", "Four cars", "nothing", "of the"]
+    found = {row: set() for row in images}
+    for seed in range(60):
+        new = inject(images, captions, "word", MAX_RATE, seed).captions
+        for row in images:
+            found[row].add(new[row])
+    assert found[0] == {captions[0].replace("lake", one) for one in kinds[1:]}
+    assert {"four cars"} < found[8]
+    assert {"Two cars"} < found[9], "a capital stays one"
+    assert found[11] == {"of the"}, "function words are left"
+
+
+def test_inflections_are_no_wrong_words():
+    images, captions = [0, 1, 2], ["one tree", "two trees", "ten treetops"]
+    for seed in range(20):
+        new = inject(images, captions, "word", MAX_RATE, seed).captions
+        assert new[0] in ("one two", "one ten")
+        assert new[1] != "two tree"
+        assert new[2] != "ten tree"
+
+
 @pytest.mark.parametrize(
     ("caption", "possible"),
     [
@@ -262,7 +313,8 @@ def test_folding_keeps_the_first_of_equal_captions_of_an_image():
         ({"kind": "captoin"}, "unknown kind of noise 'captoin' (did you mean caption?)"),
         (
             {"kind": "zz"},
-            "unknown kind of noise 'zz' (known: caption, image, donor, class, block, truncated, mixture)",
+            "unknown kind of noise 'zz' (known: caption, image, donor, class, block, truncated, mixture, "
+            "word)",
         ),
         (
             {"rate": 0.96},
@@ -302,7 +354,7 @@ def test_real_captions_reach_the_rate():
     kept = fold_rows([place[name] for name in names], captions)
     assert len(kept) == 9985
     images, captions = [place[names[row]] for row in kept], [captions[row] for row in kept]
-    for kind in ("caption", "image", "donor"):
+    for kind in ("caption", "image", "donor", "word"):
         assert inject(images, captions, kind, 0.4, 0).known_noise.mean() == pytest.approx(0.4, abs=0.003)
     within = inject(images, captions, "class", 0.4, 0, classes).known_noise.mean()
     assert 0.3 < within < 0.38  # images of a class share many captions, which no exchange makes wrong
