@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_PER_SHARD = 1024
 CAPTIONS_PER_SHARD = 4096
+PARTS_PER_LANE = 4  # into which a shard of captions is cut for each lane
 CAPTIONS_PER_LEARNT_SHARD = 1 << 16  # cheap to encode, and one shard makes an interrupted fit harmless
 AHEAD = 3  # batches decoded ahead of the encoder
 DECODERS = max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -509,7 +510,8 @@ def embed_captions(
         Vectors [N, D] float32.
     """
     _, known, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
-    missing = np.flatnonzero(~known).tolist()
+    # By their text, so that captions of a batch share their beginnings, which some encoders compute once.
+    missing = sorted(np.flatnonzero(~known).tolist(), key=captions.__getitem__)
     done = len(caption_ids) - len(missing)
     work = work or Work()
     work.captions += len(missing)
@@ -550,15 +552,12 @@ def _shared_out(lanes: int) -> Callable[[], None]:
 
 
 def _in_lanes(encode: Callable[[list[str]], Tensor], captions: list[str], lanes: int) -> Tensor:
-    """Vectors of captions, which lanes take in turn: long and short ones fall to each alike."""
-    parts = [part for part in (captions[lane::lanes] for lane in range(lanes)) if part]
-    if len(parts) <= 1:
+    """Vectors of captions, which lanes take a few neighbours at a time: one is seldom left with all that is long."""
+    size = -(-len(captions) // (lanes * PARTS_PER_LANE))
+    if lanes <= 1 or size < 1:
         return encode(captions)
-    found = list(_ahead(encode, parts, lanes, lanes, _shared_out(lanes)))
-    vectors = found[0].new_empty(len(captions), found[0].shape[1])
-    for lane, part in enumerate(found):
-        vectors[lane::lanes] = part
-    return vectors
+    parts = [captions[start : start + size] for start in range(0, len(captions), size)]
+    return torch.cat(list(_ahead(encode, parts, lanes, len(parts), _shared_out(lanes))))
 
 
 def _runs(rows: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -1,8 +1,7 @@
 """Both towers of an open_clip model, frozen as encoders, or with gradient for fine-tuning.
 
-Captions differ in length but are padded to the model's context. With a causal mask nothing after the end-of-text
-token reaches the embedding, so captions are sorted by length and each batch is cut at its longest: the same
-embeddings for a fraction of the work.
+Encoders compute only what reaches the embedding: no padding after the end-of-text token, shared beginnings of captions
+once (`prefixes`), and of an image tower's last block the class token alone. The embeddings are the same.
 
 Shapes: B = images or captions of a batch; L = text positions; P = patches; D = dimensions.
 """
@@ -11,8 +10,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nc_audit.encoders.prefixes import PrefixTree, is_plain, last_hidden, prefix_trees
 from nc_audit.encoders.weights import (
     autocast,
     check_at_hand,
@@ -46,7 +47,7 @@ HUB_NAMES = (
     "model.safetensors",
 )
 HUB_CONFIG = "open_clip_config.json"
-TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 32_768}  # per batch of captions, padding included
+TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 32_768}  # per batch of captions, what they share counted once
 
 
 def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
@@ -195,6 +196,7 @@ class OpenClipModel:
         self.text_tower = getattr(self.model, "text", self.model)
         self.can_cut = _is_causal(self.model, self.text_tower)
         self.has_patches = _has_patches(self.model)
+        self.needs_class_token_only = _needs_class_token_only(self.model.visual)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -223,7 +225,7 @@ class OpenClipModel:
     def settle(self) -> None:
         """Training is over: lay weights out as encoding is quickest. Take the encoders before it."""
         lowered_(self.model, self.precision)
-        if self.can_cut:
+        if self.can_cut and is_plain(self.text_tower.transformer):
             # Masked attention takes its input with the position first, and would copy it batch by batch.
             self.text_tower.transformer.batch_first = False
             for block in self.text_tower.transformer.resblocks:
@@ -309,6 +311,11 @@ class OpenClipImages:
         facts["options"] = owner.image_options.options
         visual = {name: tensor for name, tensor in owner.tensors.items() if name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, visual)
+        self._vectors = (
+            partial(_of_class_token, self.model.visual)
+            if owner.needs_class_token_only
+            else self.model.encode_image
+        )
         self.dim = self.encode(torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)).shape[1]
         if owner.has_patches:
             self.tokens = self._tokens
@@ -321,7 +328,7 @@ class OpenClipImages:
     def encode(self, batch: Tensor) -> Tensor:
         """Bytes [B, 3, H, W] to unit vectors [B, D], float32, on the CPU."""
         with autocast(self.device, self.precision):
-            vectors = self.model.encode_image(normalised(batch, self.mean, self.std, self.device))
+            vectors = self._vectors(normalised(batch, self.mean, self.std, self.device))
         return functional.normalize(vectors.float(), dim=1).cpu()
 
     @torch.inference_mode()
@@ -339,7 +346,8 @@ class OpenClipCaptions:
         self.owner, self.spec = owner, owner.spec
         self.device, self.precision = owner.device, owner.precision
         self.model, self.tokenizer = owner.model, owner.tokenizer
-        self.tower, self.can_cut = owner.text_tower, owner.can_cut
+        self.tower = owner.text_tower
+        self.has_tree = owner.can_cut and is_plain(self.tower.transformer)
         self.at_once = TOKENS_AT_ONCE[self.device]
         self.context = int(getattr(self.tokenizer, "context_length", None) or self.model.context_length)
         facts = {
@@ -351,7 +359,7 @@ class OpenClipCaptions:
         text = {name: tensor for name, tensor in owner.tensors.items() if not name.startswith("visual.")}
         self.digest = digest_of_encoder(facts, text)
         self.dim = self.encode(["a"]).shape[1]
-        if self.can_cut:
+        if owner.can_cut:
             self.tokens = self._tokens
 
     @torch.inference_mode()
@@ -360,32 +368,27 @@ class OpenClipCaptions:
         if not captions:
             return torch.zeros(0, self.dim)
         tokens = self.tokenizer(list(captions))
-        if not self.can_cut:
+        if not self.has_tree:
             return torch.cat(
-                [self._embed(part) for part in tokens.split(self.at_once // tokens.shape[1] or 1)]
+                [
+                    self._unit(self.model.encode_text, part.to(self.device))
+                    for part in tokens.split(self.at_once // tokens.shape[1] or 1)
+                ]
             )
         lengths = tokens.argmax(1) + 1  # the end-of-text token has the highest number
-        order = lengths.argsort(stable=True)
-        vectors: Tensor | None = None
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= self.at_once:
-                stop += 1
-            rows = order[start:stop]
-            part = self._embed(tokens[rows][:, : int(lengths[rows].max())])
-            if vectors is None:
-                vectors = part.new_empty(len(order), part.shape[1])
-            vectors[rows] = part
-            start = stop
-        assert vectors is not None
+        trees = list(prefix_trees(tokens, lengths, self.at_once))
+        in_order = torch.cat([self._unit(self._of_tree, tree.to(self.device)) for tree in trees])
+        vectors = torch.empty_like(in_order)
+        vectors[torch.cat([tree.rows for tree in trees])] = in_order
         return vectors
 
-    def _embed(self, tokens_BL: Tensor) -> Tensor:
-        tokens_BL = tokens_BL.to(self.device)
+    def _unit(self, embed: Callable[[Any], Tensor], part: Any) -> Tensor:
         with autocast(self.device, self.precision):
-            vectors = self._cut(tokens_BL) if self.can_cut else self.model.encode_text(tokens_BL)
+            vectors = embed(part)
         return functional.normalize(vectors.float(), dim=1).cpu()
+
+    def _of_tree(self, tree: PrefixTree) -> Tensor:
+        return _projected(self.tower.ln_final(last_hidden(self.tower, tree)), self.tower.text_projection)
 
     @torch.inference_mode()
     def _tokens(self, captions: Sequence[str]) -> Tensor:
@@ -394,12 +397,6 @@ class OpenClipCaptions:
         assert tokens_BLD is not None
         assert is_word_BL is not None
         return (tokens_BLD * is_word_BL[:, :, None]).cpu()
-
-    def _cut(self, tokens_BL: Tensor) -> Tensor:
-        """The text tower on token sequences shorter than its context."""
-        hidden = _hidden(self.tower, tokens_BL)
-        pooled = self.tower.ln_final(hidden[torch.arange(len(hidden)), tokens_BL.argmax(1)])
-        return _projected(pooled, self.tower.text_projection)
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """For each caption, whether it has more tokens than the model's context."""
@@ -431,6 +428,19 @@ def _hidden(tower: Any, tokens_BL: Tensor) -> Tensor:
     return tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
 
 
+def _of_class_token(visual: Any, pixels: Tensor) -> Tensor:
+    """The image tower's embedding, of which the last block works out the class token alone, [B, D]."""
+    hidden = visual._embeds(pixels)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        hidden = block(hidden)
+    normed = last.ln_1(hidden)
+    seen = last.attn(normed[:, :1], normed, normed, need_weights=False)[0]
+    own = hidden[:, :1] + last.ls_1(seen)
+    own = own + last.ls_2(last.mlp(last.ln_2(own)))
+    return _projected(visual.ln_post(own[:, 0]), visual.proj)
+
+
 def _projected(hidden: Tensor, projection: Any) -> Tensor:
     if projection is None:
         return hidden
@@ -446,6 +456,19 @@ def _has_patches(model: Any) -> bool:
         and visual.attn_pool is None
         and visual.pool_type in ("tok", "avg")
         and not visual.output_tokens
+    )
+
+
+def _needs_class_token_only(visual: Any) -> bool:
+    """Whether nothing but the class token of the image tower's last block reaches the embedding."""
+    return (
+        type(visual) is VisionTransformer
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.output_tokens
+        and visual.transformer.batch_first
+        and hasattr(visual, "_embeds")
+        and is_plain(visual.transformer)
     )
 
 

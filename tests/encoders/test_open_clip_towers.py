@@ -29,6 +29,16 @@ MODELS = {
         "text_cfg": TEXT | {"proj_bias": True},
         "custom_text": True,
     },
+    "tiny-mean": {
+        "embed_dim": 16,
+        "vision_cfg": VISION | {"pool_type": "avg", "ls_init_value": 0.1},
+        "text_cfg": TEXT | {"ls_init_value": 0.1},
+    },
+    "tiny-scaled": {
+        "embed_dim": 16,
+        "vision_cfg": VISION | {"layers": 3, "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"scale_attn": True},
+    },
     "tiny-last": {
         "embed_dim": 16,
         "vision_cfg": VISION,
@@ -76,7 +86,7 @@ def _load(weights, name, **more):
 def test_text_embeddings_equal_those_of_the_full_context(weights, captions, name):
     text = _load(weights, name).text
     assert isinstance(text, TextEncoder)
-    assert text.can_cut == (name != "tiny-last")
+    assert text.has_tree == (name not in ("tiny-last", "tiny-scaled"))
     model = open_clip.create_model(name, load_weights=False)
     open_clip.load_checkpoint(model, str(weights[name]))
     with torch.inference_mode():
@@ -84,16 +94,29 @@ def test_text_embeddings_equal_those_of_the_full_context(weights, captions, name
     torch.testing.assert_close(text.encode(captions), expected, rtol=0, atol=1e-5)
 
 
-def test_padding_is_not_computed(weights, captions):
+def test_padding_is_not_computed_and_what_captions_begin_with_is_once(weights, captions):
     text = _load(weights, "tiny-clip").text
     seen = []
     text.tower.token_embedding.register_forward_hook(
-        lambda _module, args, _output: seen.append(args[0].shape)
+        lambda _module, args, _output: seen.append(args[0].numel())
     )
     text.encode(captions)
-    assert sum(rows for rows, _ in seen) == len(captions)
-    lengths = (open_clip.tokenize(captions) != 0).sum(1)
-    assert sum(rows * length for rows, length in seen) < 1.3 * lengths.sum() < 0.6 * 77 * len(captions)
+    tokens = [tuple(row[row > 0].tolist()) for row in open_clip.tokenize(captions)]
+    beginnings = {row[:stop] for row in tokens for stop in range(1, len(row) + 1)}
+    # Batches share nothing with each other, which costs a row of context at most for each.
+    assert len(beginnings) <= sum(seen) <= len(beginnings) + 77 * len(seen)
+    assert sum(seen) < 0.9 * sum(map(len, tokens)) < 0.5 * 77 * len(captions)
+    assert max(seen) <= text.at_once
+
+
+def test_only_the_class_token_of_the_last_block_is_computed(weights):
+    image = _load(weights, "tiny-clip").image
+    seen = []
+    image.model.visual.transformer.resblocks[-1].mlp.register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].shape)
+    )
+    image.encode(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [(3, 1, 32)]
 
 
 TOKENIZER = open_clip.SimpleTokenizer()
@@ -118,14 +141,15 @@ def test_no_captions_give_no_rows(weights):
     assert _load(weights, "tiny-clip").text.encode([]).shape == (0, 16)
 
 
-def test_image_embeddings_equal_those_of_the_models_own_transform(weights):
-    encoders = _load(weights, "tiny-clip")
+@pytest.mark.parametrize("name", MODELS)
+def test_image_embeddings_equal_those_of_the_models_own_transform(weights, name):
+    encoders = _load(weights, name)
     assert isinstance(encoders.image, ImageEncoder)
     assert encoders.image.input_size == (32, 32)
     random_pixels = np.random.default_rng(0).integers(0, 256, (4, 41, 57, 3), np.uint8)
     images = [Image.fromarray(pixels) for pixels in random_pixels]
-    model = open_clip.create_model("tiny-clip", load_weights=False)
-    open_clip.load_checkpoint(model, str(weights["tiny-clip"]))
+    model = open_clip.create_model(name, load_weights=False)
+    open_clip.load_checkpoint(model, str(weights[name]))
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     with torch.inference_mode():
         expected = model.eval().encode_image(
