@@ -912,6 +912,10 @@ def gate(
         str | None,
         typer.Option("--max-disagrees", metavar="N|P%", help="Captions unlike the image's others."),
     ] = None,
+    max_unlikely_word: Annotated[
+        str | None,
+        typer.Option("--max-unlikely-word", metavar="N|P%", help="Captions with a word unlike the image."),
+    ] = None,
     max_duplicate_image: Annotated[
         str | None,
         typer.Option("--max-duplicate-image", metavar="N|P%", help="Equal images under several names."),
@@ -960,6 +964,7 @@ def gate(
         "empty_caption": max_empty_caption,
         "other_script": max_other_script,
         "disagrees": max_disagrees,
+        "unlikely_word": max_unlikely_word,
         "duplicate_image": max_duplicate_image,
         "near_duplicate_image": max_near_duplicate_image,
         "copied_caption": max_copied_caption,

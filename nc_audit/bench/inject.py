@@ -28,9 +28,10 @@ from functools import partial
 
 import numpy as np
 
-from nc_audit.bench.words import ContentWords, words_of
+from nc_audit.bench.words import WrongWords
 from nc_audit.dataset import normalise_caption
 from nc_audit.errors import RecipeError, nearest
+from nc_audit.words import words_of
 
 KINDS = ("caption", "image", "donor", "class", "block", "truncated", "mixture", "word")
 RULES = {"image": 2, "mixture": 2}
@@ -206,14 +207,14 @@ class _Rows:
 
     def misword(self, captions: Sequence[str], num_chosen: int) -> list[str]:
         """Captions of which the chosen number has one wrong word; rows without a content word are passed over."""
-        words, new = ContentWords(captions), list(captions)
+        words, new = WrongWords(captions), list(captions)
         known: defaultdict[int, set[str]] = defaultdict(set)
         for image, caption in zip(self.image_N.tolist(), captions, strict=True):
             known[image] |= words_of(caption)
         for row in self.random_order().tolist():
             if not num_chosen:
                 break
-            changed = words.replace_one(captions[row], known[int(self.image_N[row])], self.rng)
+            changed = words.put_one(captions[row], known[int(self.image_N[row])], self.rng)
             if changed is not None:
                 new[row] = changed
                 num_chosen -= 1

@@ -1,29 +1,19 @@
-"""One wrong word in a caption that is otherwise right: another object, colour or count, so that the sentence reads on.
-
-A content word is a run of two letters or more that is neither an English function word nor in more than a quarter of
-the captions, which holds for the function words of other languages and for what every caption of a set says ("photo").
-Counts ("two", "several") are content. Where a language writes no spaces, a run between two marks is one word.
-"""
+"""One wrong word in a caption that is otherwise right: another object, colour or count."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-_FUNCTION = ENGLISH_STOP_WORDS - {
-    *("two", "three", "four", "five", "six", "eight", "nine", "ten", "eleven", "twelve", "fifteen", "twenty"),
-    *("many", "several", "few"),
-}
-_COMMON = 0.25  # share of the captions above which a word tells no image from another
-_RUN = re.compile(r"[^\W\d_]+")
+from nc_audit.words import WORD, content_words, words_of
+
 _MOST_TRIES = 200
 
 
-class ContentWords:
+class WrongWords:
     """The content words of a set of captions, and what stands before each.
 
     Args:
@@ -31,13 +21,7 @@ class ContentWords:
     """
 
     def __init__(self, captions: Sequence[str]) -> None:
-        in_captions = Counter(word for caption in captions for word in words_of(caption))
-        most = max(1, int(_COMMON * len(captions)))
-        self._content = {
-            word
-            for word, number in in_captions.items()
-            if len(word) > 1 and number <= most and word not in _FUNCTION
-        }
+        self._content = content_words(map(words_of, captions))
         self._all: list[str] = []
         self._after: defaultdict[str, list[str]] = defaultdict(list)
         for caption in captions:
@@ -45,7 +29,7 @@ class ContentWords:
                 self._all.append(word)
                 self._after[before].append(word)
 
-    def replace_one(self, caption: str, known: Collection[str], rng: np.random.Generator) -> str | None:
+    def put_one(self, caption: str, known: Collection[str], rng: np.random.Generator) -> str | None:
         """The caption with one of its content words replaced by another of the set, or None where that cannot be.
 
         The new word is drawn as often as the set uses it, first among those that follow the same word elsewhere.
@@ -70,18 +54,8 @@ class ContentWords:
     def _places(self, caption: str) -> Iterator[tuple[str, re.Match[str], str]]:
         """The word before, the place and the word, of each content word of a caption."""
         before = ""
-        for place in _RUN.finditer(caption):
+        for place in WORD.finditer(caption):
             word = place.group().casefold()
             if word in self._content:
                 yield before, place, word
             before = word
-
-
-def words_of(caption: str) -> set[str]:
-    """Distinct words of a caption, casefolded, function words among them.
-
-    Example:
-        >>> sorted(words_of("Two planes, and two cars"))
-        ['and', 'cars', 'planes', 'two']
-    """
-    return {place.group().casefold() for place in _RUN.finditer(caption)}

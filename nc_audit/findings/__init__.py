@@ -1,4 +1,4 @@
-"""What is wrong with a dataset beyond single captions that do not fit: duplicates, leakage, copies, shifted blocks.
+"""What is wrong with a dataset beyond single captions that do not fit: duplicates, leakage, odd words, shifted blocks.
 
 Pure functions on the pairs table and vectors; the score stage calls `find_all` and keeps its table. Rows are named
 by position in the input. Searches that grow faster than linearly are capped, and the result says which were.
@@ -18,6 +18,7 @@ from nc_audit.findings.displaced import block_shifts, rematches
 from nc_audit.findings.found import Found, Vectors
 from nc_audit.findings.images import crowded, duplicates
 from nc_audit.findings.near import HASH_SIZE, dhash, near_duplicates
+from nc_audit.findings.words import unlikely_words
 
 __all__ = ["HASH_SIZE", "Found", "Vectors", "dhash", "find_all", "script_of"]
 
@@ -50,6 +51,7 @@ def find_all(
             found.add("cut_caption", row, "caption is longer than the encoder reads")
     generic(found, vectors, image_rank)
     own_disagreement(found, vectors)
+    unlikely_words(found, vectors, pairs["caption"].to_pylist())
     shifted = block_shifts(found, vectors, pairs["source"].to_pylist())
     rematches(found, vectors, shifted)
     return found

@@ -243,7 +243,7 @@ def test_a_wrong_word_is_a_content_word_that_follows_the_same_word_elsewhere():
     images = list(range(12))
     kinds = ["lake", "farm", "port", "beach"]
     captions = [f"A photo of a {kinds[image % 4]}, near {image + 2} trucks" for image in images[:8]]
-    captions += ["two cars", "Four cars", "nothing", "of the"]
+    captions += ["two cars", "Four cars", "beside", "of the"]
     found = {row: set() for row in images}
     for seed in range(60):
         new = inject(images, captions, "word", MAX_RATE, seed).captions
@@ -256,10 +256,10 @@ def test_a_wrong_word_is_a_content_word_that_follows_the_same_word_elsewhere():
 
 
 def test_inflections_are_no_wrong_words():
-    images, captions = [0, 1, 2], ["one tree", "two trees", "ten treetops"]
+    images, captions = [0, 1, 2], ["the tree", "two trees", "ten treetops"]
     for seed in range(20):
         new = inject(images, captions, "word", MAX_RATE, seed).captions
-        assert new[0] in ("one two", "one ten")
+        assert new[0] in ("the two", "the ten")
         assert new[1] != "two tree"
         assert new[2] != "ten tree"
 

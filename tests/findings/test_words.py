@@ -1,0 +1,169 @@
+"""Words that their images look unlike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from finding_case import Case, told
+
+from nc_audit.findings.found import Found, Vectors
+from nc_audit.findings.words import FEWEST_IMAGES, FEWEST_SAID, unlikely_words
+
+THINGS = ["lake", "airport", "stadium", "forest", "bridge", "harbor", "desert", "school"]
+NUM = 600
+
+
+def seen_case(per_image: int = 1, seed: int = 0) -> tuple[Case, np.ndarray]:
+    """Images of six things, which the embedding shows and every caption names, with small talk around it."""
+    draw = np.random.default_rng(seed)
+    case = Case(NUM, per_image)
+    thing = np.arange(NUM) % len(THINGS)
+    means = 2 * draw.normal(size=(len(THINGS), 64))
+    case.image_embedding = (means[thing] + draw.normal(size=(NUM, 64))).astype(np.float32)
+    talk = ["large", "small", "old", "plain", "quiet", "busy"]
+    case.captions = [
+        f"a {talk[draw.integers(6)]} {THINGS[thing[image]]} {row} is seen"
+        for row, image in enumerate(case.row_image.tolist())
+    ]
+    return case, thing
+
+
+def odd(case: Case) -> dict[int, str]:
+    return told(case.find(), "unlikely_word")
+
+
+def put(case: Case, row: int, word: str) -> None:
+    caption = case.captions[row]
+    assert caption is not None
+    case.captions[row] = " ".join(word if one in THINGS else one for one in caption.split())
+
+
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_a_word_that_the_image_does_not_show_is_named(per_image):
+    case, _ = seen_case(per_image)
+    put(case, 7, "harbor")
+    put(case, 98, "Bridges")
+    assert set(odd(case)) == {7, 98}
+    assert odd(case) == {
+        row: f'unlikely word: "{word}", said of 75 images that look unlike this one'
+        for row, word in ((7, "harbor"), (98, "bridges"))
+    }
+
+
+def test_right_captions_have_none():
+    for seed in range(3):
+        assert odd(seen_case(seed=seed)[0]) == {}
+
+
+def test_a_word_that_another_caption_of_the_image_says_is_not_named():
+    case, _ = seen_case(3)
+    put(case, 21, "harbor")
+    put(case, 22, "harbors")
+    put(case, 30, "lake")
+    assert set(odd(case)) == {30}
+
+
+def test_rows_that_repeat_a_pair_are_all_told():
+    case, _ = seen_case(2)
+    put(case, 20, "harbor")
+    case.captions[21] = case.captions[20]
+    case.row_caption[21] = case.row_caption[20]
+    assert set(odd(case)) == {20, 21}
+
+
+def test_pairs_that_are_likely_noise_or_not_ok_have_none_and_teach_nothing():
+    case, thing = seen_case()
+    draw = np.random.default_rng(0)
+    for row in range(0, NUM, 2):  # half of the set says what it does not show
+        put(case, row, THINGS[(thing[row] + draw.integers(1, len(THINGS))) % len(THINGS)])
+    case.noise[::2] = 0.97
+    put(case, 7, "harbor")
+    case.status[11] = "missing_image"
+    put(case, 11, "stadium")
+    assert set(odd(case)) == {7}
+
+
+def test_the_least_likely_of_several_words_is_named_once():
+    case, _ = seen_case()
+    case.captions[7] = "a lake and a forest 7 is seen"
+    found = [one for one in case.find() if one["kind"] == "unlikely_word"]
+    assert [one["row"] for one in found] == [7]
+
+
+def test_rare_words_and_small_sets_are_left_alone():
+    case, _ = seen_case()
+    for row in range(3 * FEWEST_SAID):
+        put(case, 8 * row, "volcano")
+    put(case, 7, "volcano")
+    assert set(odd(case)) == {7}
+    case, _ = seen_case()
+    for row in range(FEWEST_SAID - 2):
+        put(case, 8 * row, "volcano")
+    put(case, 7, "volcano")
+    assert odd(case) == {}
+    put(case, 9, "harbor")
+    found = Found()
+    unlikely_words(found, cut(case, FEWEST_IMAGES - 1), case.captions[: FEWEST_IMAGES - 1])
+    assert not found.rows
+
+
+def cut(case: Case, num: int) -> Vectors:
+    return Vectors(
+        case.row_image[:num],
+        case.row_caption[:num],
+        case.image_embedding[:num],
+        case.image[:num],
+        case.caption[:num],
+        case.noise[:num],
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_images_that_all_look_alike_tell_nothing(value):
+    case, _ = seen_case()
+    case.image_embedding = np.full((NUM, 64), value, np.float32)
+    found = Found()
+    unlikely_words(found, cut(case, NUM), case.captions)
+    assert not found.rows
+
+
+def test_what_is_found_is_that_of_a_slow_reckoning():
+    """Every word for itself, by formulas written out: maps without the image's fold, two normal curves, one width."""
+    case, _ = seen_case(2, seed=4)
+    draw = np.random.default_rng(1)
+    for row in draw.integers(0, 2 * NUM, 40).tolist():
+        put(case, row, THINGS[draw.integers(len(THINGS))])
+    assert odd(case).keys() == slowly(case)
+
+
+def slowly(case: Case) -> set[int]:
+    captions: Sequence[str | None] = case.captions
+    embedding = case.image_embedding.astype(np.float64)
+    centred = embedding - embedding.mean(0)
+    _, values, directions = np.linalg.svd(centred, full_matrices=False)
+    along = np.c_[centred @ directions.T / (values / np.sqrt(NUM)), np.ones(NUM)]
+    fold = np.random.default_rng(0).permutation(NUM) % 5
+    rows_of = [np.flatnonzero(case.row_image == image).tolist() for image in range(NUM)]
+    odd_rows: dict[int, float] = {}
+    for word in {word for caption in captions for word in (caption or "").split() if word not in ("a", "is")}:
+        says = np.array([word in (caption or "").split() for caption in captions])
+        share = np.array([says[rows].mean() for rows in rows_of])
+        if says.mean() > 0.25 or (share > 0).sum() < FEWEST_SAID:
+            continue
+        like = np.empty(NUM)
+        for one in range(5):
+            others = fold != one
+            ridge = np.diag([0.1 * NUM] * 64 + [1e-9])
+            weights = np.linalg.solve(
+                along[others].T @ along[others] + ridge, along[others].T @ share[others]
+            )
+            like[~others] = along[~others] @ weights
+        positive, negative = like[share > 0], like[share == 0]
+        width = (((positive - positive.mean()) ** 2).sum() + ((negative - negative.mean()) ** 2).sum()) / NUM
+        middle = (positive.mean() + negative.mean()) / 2
+        ratio = (like - middle) * max(positive.mean() - negative.mean(), 0) / width
+        for image in np.flatnonzero((ratio <= -8) & (share == 0.5)):
+            odd_rows.update({row: 1.0 for row in rows_of[image] if says[row]})
+    return set(odd_rows)
