@@ -336,6 +336,12 @@ def report(
     tag: Annotated[
         str | None, typer.Option("--tag", metavar="TAGS", help="Only these tags, comma separated.")
     ] = None,
+    finding: Annotated[
+        str | None,
+        typer.Option(
+            "--finding", metavar="KINDS", help="Only pairs with such findings, e.g. disagrees,unlikely_word."
+        ),
+    ] = None,
     sort: Annotated[
         str, typer.Option("--sort", metavar="COLUMN", help="Column of scores.parquet to sort by.")
     ] = "noise_probability",
@@ -366,7 +372,13 @@ def report(
     if form not in formats:
         raise DatasetError(f"unknown report format {form!r}", nearest(form, formats))
     opened = _open(run)
-    rows = report_rows(opened, top=top or (500 if form == "html" else 20), tags=_listed(tag), sort=sort)
+    rows = report_rows(
+        opened,
+        top=top or (500 if form == "html" else 20),
+        tags=_listed(tag),
+        findings=_listed(finding),
+        sort=sort,
+    )
     counts = summary(opened)
     if thumbnails and form not in ("table", "html"):
         raise DatasetError(f"--thumbnails does not go with --format {form}", "use --format html, or none")

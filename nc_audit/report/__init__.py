@@ -11,7 +11,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from nc_audit.errors import DatasetError, RunError, nearest
 from nc_audit.report.joined import columns_of, joined
 from nc_audit.report.text import csv_cell, json_text, markdown_cell, plain
 from nc_audit.run import Run
-from nc_audit.schema import STATUSES, TAGS_KNOWN
+from nc_audit.schema import FINDING_KINDS, STATUSES, TAGS_KNOWN
 
 __all__ = [
     "ReportRow",
@@ -115,6 +115,7 @@ def report_rows(
     *,
     top: int | None = None,
     tags: Sequence[str] | None = None,
+    findings: Sequence[str] | None = None,
     sort: str = "noise_probability",
 ) -> list[ReportRow]:
     """The scored pairs of a run, worst first, equal pairs once.
@@ -123,6 +124,7 @@ def report_rows(
         run: a run that is scored and tagged.
         top: how many to return, 1..; None for all.
         tags: only pairs with one of these tags; None for all.
+        findings: only pairs with a finding of one of these kinds, whose words then come first among the reasons.
         sort: column of the scores or the tags. Larger values come first, except where smaller is worse (similarity,
             weight, clean_posterior, mi_variation, row); tags go from noisy to clean, words alphabetically. Equal
             values are ordered by noise_probability, then noise_score, both falling, then row.
@@ -132,7 +134,7 @@ def report_rows(
 
     Raises:
         RunError: a table is missing or stale, or there is no such column.
-        DatasetError: a tag is unknown, or `top` is below 1.
+        DatasetError: a tag or a kind of finding is unknown, or `top` is below 1.
     """
     if top is not None and top < 1:
         raise DatasetError(f"top must be at least 1, got {top}", "leave it out to see every pair")
@@ -159,10 +161,37 @@ def report_rows(
     shown = pc.and_(scored, pc.is_null(table["duplicate_of"]))
     if wanted_tags is not None:
         shown = pc.and_(shown, pc.is_in(table["tag"], value_set=pa.array(wanted_tags, pa.string())))
+    told = None if findings is None else _told(run, findings, first)
+    if told is not None:
+        shown = pc.and_(shown, pc.is_in(table["row"], value_set=pa.array(list(told), pa.int64())))
     table = table.filter(shown)
     rows = table["row"].take(_worst_first(table, sort)[:top])
     table = joined(run, pairs=_PAIRS, scores=[*_FIRST_SCORES, *more], tags=_TAGS, rows=rows)
-    return _rows(table, copies[np.searchsorted(distinct, rows.to_numpy())], more)
+    return [
+        replace(row, reasons=list(dict.fromkeys([*told[row.row], *row.reasons]))) if told else row
+        for row in _rows(table, copies[np.searchsorted(distinct, rows.to_numpy())], more)
+    ]
+
+
+def _told(run: Run, kinds: Sequence[str], first_N: np.ndarray) -> dict[int, list[str]]:
+    """What findings of some kinds say, by the row of the first copy of each pair.
+
+    Args:
+        run: the run.
+        kinds: of findings.
+        first_N: of each row the first that holds the same pair, [N].
+    """
+    for kind in kinds:
+        if kind not in FINDING_KINDS:
+            raise DatasetError(
+                f"finding: there is no kind {plain(kind)!r}", nearest(kind, list(FINDING_KINDS))
+            )
+    table = run.table("findings", ["row", "kind", "detail"])
+    table = table.filter(pc.is_in(table["kind"], value_set=pa.array(list(kinds), pa.string())))
+    told: dict[int, list[str]] = {}
+    for row, detail in zip(table["row"].to_pylist(), table["detail"].to_pylist(), strict=True):
+        told.setdefault(int(first_N[row]), []).append(detail)
+    return told
 
 
 def _worst_first(table: pa.Table, sort: str) -> pa.Array:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from make_run import Pair, make_run
 
 from nc_audit.errors import DatasetError, RunError
+from nc_audit.findings import Found
 from nc_audit.report import ReportRow, report_rows, sort_columns, summary, to_csv, to_json, to_markdown
 from nc_audit.report.joined import joined
 from nc_audit.run import write_parquet
@@ -55,6 +56,29 @@ def test_top_takes_the_first_of_the_same_order(run):
 def test_tags_filter(run):
     assert rows_of(report_rows(run, tags=["ambiguous", "noisy"])) == [4, 1, 5]
     assert report_rows(run, tags=[]) == []
+
+
+def test_findings_filter_and_say_why(run):
+    found = Found()
+    found.add("unlikely_word", 0, "unlikely word: red")
+    found.add("disagrees", 0, "disagrees with the others")
+    found.add("copied_caption", 3, "a tank fits")  # row 3 repeats the pair of row 1
+    found.add("short_caption", 2, "caption is a single word")  # not ok: it has no score
+    run.write_table("findings", found.table(run.table("pairs")))
+    assert rows_of(report_rows(run, findings=["unlikely_word"])) == [0]
+    both = report_rows(run, findings=["copied_caption", "unlikely_word", "short_caption"])
+    assert [(row.row, row.reasons) for row in both] == [
+        (1, ["a tank fits", "its rank is 7"]),
+        (0, ["unlikely word: red"]),
+    ]
+    assert report_rows(run, findings=["copied_caption"], tags=["clean"]) == []
+    assert report_rows(run, findings=[]) == report_rows(run, findings=["leakage"]) == []
+
+
+def test_an_unknown_finding_names_the_nearest(run):
+    with pytest.raises(DatasetError) as caught:
+        report_rows(run, findings=["unlikely_words"])
+    assert str(caught.value) == "finding: there is no kind 'unlikely_words' (did you mean unlikely_word?)"
 
 
 @pytest.mark.parametrize(
