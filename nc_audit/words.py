@@ -6,8 +6,7 @@ A word is a run of letters, casefolded. Where a language writes no spaces, a run
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 WORD = re.compile(r"[^\W\d_]+")
 _FUNCTION = frozenset(
@@ -33,21 +32,18 @@ def words_of(caption: str) -> set[str]:
         >>> sorted(words_of("Two planes, and two cars"))
         ['and', 'cars', 'planes', 'two']
     """
-    return {place.group().casefold() for place in WORD.finditer(caption)}
+    return set(WORD.findall(caption.casefold()))
 
 
-def content_words(captions: Iterable[Iterable[str]]) -> set[str]:
+def content_words(said_in: Mapping[str, int], num_captions: int) -> set[str]:
     """Words of two letters or more that are no English function words, nor in more than a quarter of the captions.
 
     The latter holds for the function words of other languages, and for what every caption of a set says ("photo").
     Counts ("two", "several") are content.
 
     Args:
-        captions: the distinct words of each caption.
+        said_in: number of captions that hold each word.
+        num_captions: how many there are.
     """
-    num, said_in = 0, Counter[str]()
-    for words in captions:
-        num += 1
-        said_in.update(words)
-    most = max(1, int(_COMMON * num))
-    return {word for word, n in said_in.items() if len(word) > 1 and n <= most and word not in _FUNCTION}
+    most = max(1, int(_COMMON * num_captions))
+    return {word for word, num in said_in.items() if len(word) > 1 and num <= most and word not in _FUNCTION}

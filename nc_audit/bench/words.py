@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -21,7 +21,8 @@ class WrongWords:
     """
 
     def __init__(self, captions: Sequence[str]) -> None:
-        self._content = content_words(map(words_of, captions))
+        said_in = Counter(word for caption in captions for word in words_of(caption))
+        self._content = content_words(said_in, len(captions))
         self._all: list[str] = []
         self._after: defaultdict[str, list[str]] = defaultdict(list)
         for caption in captions:

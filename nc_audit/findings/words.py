@@ -98,17 +98,23 @@ def _says(texts: Sequence[str]) -> tuple[list[str], sparse.csr_array]:
     """Stems of content words, and which captions say each, sparse [C, W] of ones."""
     from scipy import sparse
 
-    content = content_words(map(words_of, texts))
     number_of: dict[str, int] = {}
     numbers, ends = array("q"), array("q", [0])
     for text in texts:
-        mine = {_stem(word) for word in words_of(text) if word in content}
-        numbers.extend(sorted(number_of.setdefault(stem, len(number_of)) for stem in sorted(mine)))
+        # In an order that does not change from process to process, as that of a set would.
+        numbers.extend([number_of.setdefault(word, len(number_of)) for word in sorted(words_of(text))])
         ends.append(len(numbers))
-    ones = np.ones(len(numbers))
-    return list(number_of), sparse.csr_array(
-        (ones, np.array(numbers), np.array(ends)), shape=(len(texts), len(number_of))
+    said_in = np.bincount(np.array(numbers), minlength=len(number_of)).tolist()
+    content = content_words(dict(zip(number_of, said_in, strict=True)), len(texts))
+    place_of: dict[str, int] = {}
+    stem_of = np.array(
+        [place_of.setdefault(_stem(word), len(place_of)) if word in content else -1 for word in number_of]
     )
+    caption = np.repeat(np.arange(len(texts)), np.diff(np.array(ends)))
+    stem = stem_of[np.array(numbers)]
+    shape = len(texts), max(1, len(place_of))
+    places = np.unique((caption * shape[1] + stem)[stem >= 0])
+    return list(place_of), sparse.csr_array((np.ones(len(places)), np.divmod(places, shape[1])), shape=shape)
 
 
 def _stem(word: str) -> str:
@@ -148,17 +154,21 @@ def _log_ratios(
             cross_F[fold] += (share_IW[part][mine].T @ weighed).T
     decay = np.diag([_DECAY * weight_I.sum()] * (directions.num - 1) + [1e-9])
     gram, cross = gram_F.sum(0) + decay, cross_F.sum(0)
-    maps = [np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold]) for fold in range(_FOLDS)]
+    maps = [
+        np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold]).astype(np.float32)
+        for fold in range(_FOLDS)
+    ]
     is_known_I = weight_I > 0.5
     total_W, square_W = np.zeros(num_words), np.zeros(num_words)
     like_S = np.empty(len(share_IW.data))
     for part, along in directions.parts():
-        like = np.empty((len(along), num_words))
+        like = np.empty((len(along), num_words), np.float32)
         for fold in range(_FOLDS):
             mine = fold_I[part] == fold
             like[mine] = along[mine] @ maps[fold]
-        total_W += like[is_known_I[part]].sum(0)
-        square_W += np.square(like[is_known_I[part]]).sum(0)
+        known = like[is_known_I[part]]
+        total_W += known.sum(0, dtype=np.float64)
+        square_W += np.square(known).sum(0, dtype=np.float64)
         ends = share_IW.indptr[part.start : part.stop + 1]
         image_S = np.repeat(np.arange(len(along)), np.diff(ends))
         like_S[ends[0] : ends[-1]] = like[image_S, share_IW.indices[ends[0] : ends[-1]]]
