@@ -200,7 +200,7 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "empty_caption": ("warn", "captions that are empty or missing"),
     "other_script": ("warn", "captions in another script or language than the rest"),
     "disagrees": ("warn", "captions unlike the others of their image"),
-    "unlikely_word": ("warn", "captions that may fit but for a word, said of images unlike theirs"),
+    "unlikely_word": ("info", "captions that seem right but for a word"),
     "duplicate_image": ("info", "equal images under several names"),
     "near_duplicate_image": ("info", "images that look the same"),
     "copied_caption": ("info", "captions on ten or more images"),
