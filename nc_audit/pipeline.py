@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from nc_audit.methods.matching import Pairs
     from nc_audit.rivals import Reach
     from nc_audit.train import Trajectory
+    from nc_audit.unlikely_words import UnlikelyWords
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
@@ -578,7 +579,8 @@ class _Audit:
         from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
         from nc_audit.rivals import look_around
-        from nc_audit.score import Draw, judge
+        from nc_audit.score import Draw, heeding, judge
+        from nc_audit.unlikely_words import unlikely_words
 
         facts, pairs = self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
@@ -593,6 +595,16 @@ class _Audit:
                 draws.append(Draw(evidence, swaps, *model.embed(*self.inputs)))
             rate, judged = judge(draws, pairs, settings, seed, whole_images=facts["whole_images"])
             vectors = draws[0].image_ID, draws[0].caption_CD
+            folded = self.folded
+            words = unlikely_words(
+                self.inputs[0].numpy(),
+                folded.pair_image,
+                folded.pair_caption,
+                folded.captions,
+                judged["noise_probability"].numpy(),
+            )
+            if draws[0].swaps and settings.words:
+                judged |= heeding(judged, torch.from_numpy(words.ratio_P), pairs, settings.words)
             found = self._found_by_people()
             if found and rate.is_calibrated:
                 place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}
@@ -627,7 +639,8 @@ class _Audit:
             "best_matches": "index of all" if self.reach.has_index else "searched",
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
-        findings, capped = self._findings(table, *(one.cpu() for one in vectors))
+        image, caption = (one.cpu() for one in vectors)
+        findings, capped = self._findings(table, image, caption, words)
         told = self.reach.told(pairs.num_images, pairs.num_captions)
         if told is not None:
             self.watch.warn(told)
@@ -646,7 +659,9 @@ class _Audit:
             },
         }
 
-    def _findings(self, scores: pa.Table, image: Tensor, caption: Tensor) -> tuple[pa.Table, list[str]]:
+    def _findings(
+        self, scores: pa.Table, image: Tensor, caption: Tensor, words: UnlikelyWords
+    ) -> tuple[pa.Table, list[str]]:
         """The `findings` table, and which searches were capped."""
         from nc_audit.dataset import decode_image
         from nc_audit.findings import HASH_SIZE, Vectors, dhash, find_all
@@ -660,6 +675,8 @@ class _Audit:
                 return None
 
         at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
+        probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
+        is_unlikely = words.is_named.tolist()
         cut = dict(zip(self.embeddings.caption_ids, self.embeddings.is_cut, strict=True))
         found = find_all(
             pairs,
@@ -669,11 +686,16 @@ class _Audit:
                 self.inputs[0].numpy(),
                 image.numpy(),
                 caption.numpy(),
-                np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64),
+                probability,
             ),
             np.asarray(scores["image_rank"].fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64),
             read_hash,
             [cut[caption] for caption in folded.caption_ids],
+            {
+                row: words.told(pair, folded.captions[folded.pair_caption[pair]])
+                for row, pair in enumerate(folded.row_pair.tolist())
+                if pair >= 0 and is_unlikely[pair] and probability[row] < 0.5
+            },
         )
         for line in found.capped:
             self.watch.warn(line)

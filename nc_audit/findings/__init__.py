@@ -8,7 +8,7 @@ Shapes: N = rows; I = distinct images; C = distinct captions; P = distinct pairs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from nc_audit.findings.displaced import block_shifts, rematches
 from nc_audit.findings.found import Found, Vectors
 from nc_audit.findings.images import crowded, duplicates
 from nc_audit.findings.near import HASH_SIZE, dhash, near_duplicates
-from nc_audit.findings.words import unlikely_words
 
 __all__ = ["HASH_SIZE", "Found", "Vectors", "dhash", "find_all", "script_of"]
 
@@ -29,6 +28,7 @@ def find_all(
     image_rank: np.ndarray,
     read_hash: Callable[[int], int | None],
     is_cut: Sequence[bool] = (),
+    unlikely: Mapping[int, str] | None = None,
 ) -> Found:
     """Every finding about a dataset.
 
@@ -38,6 +38,7 @@ def find_all(
         image_rank: rank of each row's image among all for its caption, 1 = best, shape [N]; 0 where not ok.
         read_hash: `dhash` of a distinct image by its index, None where it cannot be read; asked by several threads.
         is_cut: of each distinct caption whether the encoder reads only its beginning, [C]; empty: of none.
+        unlikely: what is to be told of rows with a word that their image looks unlike.
     """
     found = Found()
     names = pairs["image"].to_pylist()
@@ -51,7 +52,8 @@ def find_all(
             found.add("cut_caption", row, "caption is longer than the encoder reads")
     generic(found, vectors, image_rank)
     own_disagreement(found, vectors)
-    unlikely_words(found, vectors, pairs["caption"].to_pylist())
+    for row, detail in sorted((unlikely or {}).items()):
+        found.add("unlikely_word", row, detail)
     shifted = block_shifts(found, vectors, pairs["source"].to_pylist())
     rematches(found, vectors, shifted)
     return found

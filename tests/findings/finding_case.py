@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from nc_audit.findings import Vectors, find_all
 from nc_audit.schema import PAIRS, check_table
+from nc_audit.unlikely_words import unlikely_words
 
 NUM, DIM = 400, 32
 
@@ -61,9 +62,23 @@ class Case:
             np.where(is_ok, self.noise, np.nan),
         )
         rank = np.ones(len(self.names), np.int64) if image_rank is None else image_rank
-        found = find_all(self.pairs(), vectors, rank, self.hashes.get, is_cut)
+        found = find_all(self.pairs(), vectors, rank, self.hashes.get, is_cut, self.unlikely(is_ok))
         assert not found.capped
         return check_table("findings", found.table(self.pairs())).to_pylist()
+
+    def unlikely(self, is_ok: np.ndarray) -> dict[int, str]:
+        """What is told of rows, as the score stage makes it of distinct pairs."""
+        texts = {caption: text or "" for caption, text in zip(self.row_caption, self.captions, strict=True)}
+        captions = [texts.get(number, "") for number in range(len(self.caption))]
+        rows = np.flatnonzero(is_ok)
+        both = np.stack([self.row_image[rows], self.row_caption[rows]], 1)
+        both, first, pair_of_row = np.unique(both, axis=0, return_index=True, return_inverse=True)
+        words = unlikely_words(self.image_embedding, *both.T, captions, self.noise[rows[first]])
+        return {
+            row: words.told(pair, captions[self.row_caption[row]])
+            for row, pair in zip(rows.tolist(), pair_of_row.ravel().tolist(), strict=True)
+            if words.is_named[pair] and self.noise[row] < 0.5
+        }
 
 
 def told(findings: Sequence[dict[str, Any]], kind: str) -> dict[int, str]:

@@ -2,8 +2,8 @@
 
 For each word a linear map of the image embeddings tells how much an image looks like those it is said of, learnt
 without the image's own fold. Where an image lies much deeper among those a word is not said of, and no other caption
-of the image says it, the word is named. Words, unlike whole captions, have no known mismatches to calibrate on: a
-finding is a place to look at, not a probability.
+of the image says it, the word is unlikely. Words, unlike whole captions, have no known mismatches to calibrate on: what
+is found is a place to look at, and moves the order of pairs (`score.heeding`), not how many are held to be noise.
 
 Shapes: I = distinct images; C = distinct captions; P = distinct pairs; W = words; S = entries of a sparse [I, W], one
 for each image and word said of it; K = directions of the embeddings, and a constant; F = folds.
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nc_audit.findings.found import Found, Vectors
 from nc_audit.words import content_words, words_of
 
 if TYPE_CHECKING:
@@ -35,33 +35,68 @@ _AT_ONCE = 4_096  # images
 _MOST_SHOWN = 40  # letters of a word
 
 
-def unlikely_words(found: Found, vectors: Vectors, captions: Sequence[str | None]) -> None:
-    """The word of a likely right pair that its image looks least like, where it hardly does at all.
+@dataclass(frozen=True)
+class UnlikelyWords:
+    """The word of each pair that its image looks least like, among those that no other caption of the image says.
+
+    Attributes:
+        ratio_P: how much more the image looks like those the word is said of than like the others, log ratio, float32
+            [P]; far below 0 where it hardly can be right, 0 where there is no such word.
+        stem_P: which of `stems` it is, int64 [P]; -1 where there is none.
+        stems: words without the s of a plural.
+        num_said_W: number of images that likely right captions say it of, [W].
+    """
+
+    ratio_P: np.ndarray
+    stem_P: np.ndarray
+    stems: list[str]
+    num_said_W: np.ndarray
+
+    @property
+    def is_named(self) -> np.ndarray:
+        """Whether the word is so unlikely that a person should look, bool [P]."""
+        return self.ratio_P <= LIMIT
+
+    def told(self, pair: int, caption: str) -> str:
+        """What is to be said to a person of a pair that has such a word."""
+        stem = int(self.stem_P[pair])
+        shown = min(word for word in words_of(caption) if _stem(word) == self.stems[stem])
+        shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
+        others = int(self.num_said_W[stem]) - 1
+        return f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
+
+
+def unlikely_words(
+    embedding_ID: np.ndarray,
+    image_P: np.ndarray,
+    caption_P: np.ndarray,
+    captions: Sequence[str],
+    probability_P: np.ndarray,
+) -> UnlikelyWords:
+    """Look for the least likely word of each distinct pair.
 
     Args:
-        found: takes what is found.
-        vectors: what is audited.
-        captions: caption of each row, [N].
+        embedding_ID: image embeddings, [I, D].
+        image_P: image of each pair, [P].
+        caption_P: caption of each pair, [P].
+        captions: text of each distinct caption, C of them.
+        probability_P: probability of each pair to be noise, 0..1, [P]; pairs teach by what is left to 1.
     """
     from scipy import sparse
 
-    rows = np.flatnonzero(vectors.row_image >= 0)
-    num_images, num_captions = len(vectors.image_embedding), len(vectors.caption)
-    if num_images < FEWEST_IMAGES or not len(rows):
-        return
-    texts = [""] * num_captions
-    for row in rows.tolist():
-        texts[vectors.row_caption[row]] = captions[row] or ""
-    keys = vectors.row_image[rows] * num_captions + vectors.row_caption[rows]
-    keys, first, pair_of_row = np.unique(keys, return_index=True, return_inverse=True)
-    image_P, caption_P = np.divmod(keys, num_captions)
-    right_P = 1 - np.nan_to_num(vectors.noise_probability[rows[first]], nan=1.0)
+    num_pairs, num_images = len(image_P), len(embedding_ID)
+    nothing = UnlikelyWords(
+        np.zeros(num_pairs, np.float32), np.full(num_pairs, -1), [], np.zeros(0, np.int64)
+    )
+    if num_images < FEWEST_IMAGES or not num_pairs:
+        return nothing
+    right_P = np.maximum(1 - np.nan_to_num(probability_P.astype(np.float64), nan=1.0), 1e-9)
     is_right_P = right_P > 0.5
-    stems, says_CW = _says(texts)
+    stems, says_CW = _says(captions)
 
     def said(weight_P: np.ndarray) -> sparse.csr_array:
         """Summed weights, all above 0, of the pairs of each image that say each word: [I, W] of one pattern."""
-        of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, num_captions))
+        of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, len(captions)))
         summed = (of_images @ says_CW).tocsr()
         summed.sort_indices()
         return summed
@@ -70,28 +105,21 @@ def unlikely_words(found: Found, vectors: Vectors, captions: Sequence[str | None
     chosen = np.argsort(-num_said_W, kind="stable")[:_MOST_WORDS]
     chosen = chosen[num_said_W[chosen] >= FEWEST_SAID]
     if not len(chosen):
-        return
+        return nothing
     says_CW, num_said_W, stems = says_CW[:, chosen], num_said_W[chosen], [stems[at] for at in chosen]
-    share_IW = said(np.maximum(right_P, 1e-9))
-    total_I = np.bincount(image_P, np.maximum(right_P, 1e-9), num_images)
+    share_IW = said(right_P)
+    total_I = np.bincount(image_P, right_P, num_images)
     share_IW.data /= np.repeat(total_I, np.diff(share_IW.indptr))
     is_said_S = said(np.where(is_right_P, 1.0, 1e-9)).data > 0.5
-    ratio_S = _log_ratios(vectors.image_embedding, np.minimum(total_I, 1.0), share_IW, is_said_S)
-    num_S = said(np.ones(len(image_P))).data
+    ratio_S = _log_ratios(embedding_ID, np.minimum(total_I, 1.0), share_IW, is_said_S)
     # Where a single pair says the word, the sum of the numbers of those that do is its own.
-    pair_S = said(np.arange(1.0, len(image_P) + 1)).data - 1
-    odd = np.flatnonzero((ratio_S <= LIMIT) & (num_S == 1) & is_said_S)
-    told: dict[int, str] = {}
-    for at in odd[np.argsort(ratio_S[odd], kind="stable")].tolist():
-        pair, word = int(pair_S[at]), int(share_IW.indices[at])
-        if pair not in told:
-            shown = min(one for one in words_of(texts[caption_P[pair]]) if _stem(one) == stems[word])
-            shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
-            others = num_said_W[word] - 1
-            told[pair] = f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
-    for row, pair in zip(rows.tolist(), pair_of_row.tolist(), strict=True):
-        if pair in told:
-            found.add("unlikely_word", row, told[pair])
+    alone = np.flatnonzero((said(np.ones(num_pairs)).data == 1) & (ratio_S < 0))
+    pair_S = said(np.arange(1.0, num_pairs + 1)).data.astype(np.int64) - 1
+    alone = alone[np.argsort(ratio_S[alone], kind="stable")]
+    pair, first = np.unique(pair_S[alone], return_index=True)
+    nothing.ratio_P[pair] = ratio_S[alone[first]]
+    nothing.stem_P[pair] = share_IW.indices[alone[first]]
+    return UnlikelyWords(nothing.ratio_P, nothing.stem_P, stems, num_said_W)
 
 
 def _says(texts: Sequence[str]) -> tuple[list[str], sparse.csr_array]:

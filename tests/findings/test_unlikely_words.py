@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from finding_case import Case, told
 
-from nc_audit.findings.found import Found, Vectors
-from nc_audit.findings.words import FEWEST_IMAGES, FEWEST_SAID, unlikely_words
+from nc_audit.unlikely_words import FEWEST_IMAGES, FEWEST_SAID, UnlikelyWords, unlikely_words
 
 THINGS = ["lake", "airport", "stadium", "forest", "bridge", "harbor", "desert", "school"]
 NUM = 600
@@ -104,29 +103,20 @@ def test_rare_words_and_small_sets_are_left_alone():
     put(case, 7, "volcano")
     assert odd(case) == {}
     put(case, 9, "harbor")
-    found = Found()
-    unlikely_words(found, cut(case, FEWEST_IMAGES - 1), case.captions[: FEWEST_IMAGES - 1])
-    assert not found.rows
+    assert not first_of(case, FEWEST_IMAGES - 1).ratio_P.any()
 
 
-def cut(case: Case, num: int) -> Vectors:
-    return Vectors(
-        case.row_image[:num],
-        case.row_caption[:num],
-        case.image_embedding[:num],
-        case.image[:num],
-        case.caption[:num],
-        case.noise[:num],
-    )
+def first_of(case: Case, num: int) -> UnlikelyWords:
+    captions = [caption or "" for caption in case.captions[:num]]
+    both = case.row_image[:num], case.row_caption[:num]
+    return unlikely_words(case.image_embedding[:num], *both, captions, case.noise[:num])
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_images_that_all_look_alike_tell_nothing(value):
     case, _ = seen_case()
     case.image_embedding = np.full((NUM, 64), value, np.float32)
-    found = Found()
-    unlikely_words(found, cut(case, NUM), case.captions)
-    assert not found.rows
+    assert not first_of(case, NUM).is_named.any()
 
 
 def test_what_is_found_is_that_of_a_slow_reckoning():
