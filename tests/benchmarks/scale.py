@@ -34,6 +34,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     from nc_audit.schema import PAIRS
     from nc_audit.score import Draw, judge
     from nc_audit.train import Inputs, train
+    from nc_audit.unlikely_words import unlikely_words
 
     generator = torch.Generator().manual_seed(0)
     num_images = num_pairs // per_image
@@ -78,10 +79,13 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         "pair_id": [str(row) for row in rows],
         "image": [str(one) for one in pairs.image_N.tolist()],
     }
-    known |= {"caption": said(num_pairs), "source": ["c"] * num_pairs}
+    captions = said(num_pairs)
+    known |= {"caption": captions, "source": ["c"] * num_pairs}
     table = pa.table({one.name: pa.array(known.get(one.name, [None] * num_pairs), one.type) for one in PAIRS})
     del known, rows
     told = time.perf_counter()
+    probability = columns["noise_probability"].double().numpy()
+    unlikely_words(image.numpy(), pairs.image_N.numpy(), pairs.caption_N.numpy(), captions, probability)
     found = find_all(
         table,
         Vectors(
@@ -90,7 +94,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
             image.numpy(),
             vectors[0].cpu().numpy(),
             vectors[1].cpu().numpy(),
-            columns["noise_probability"].double().numpy(),
+            probability,
         ),
         np.ones(num_pairs, np.int64),
         lambda image: 0,
