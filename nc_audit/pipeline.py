@@ -579,7 +579,7 @@ class _Audit:
         from nc_audit.calibrate import corrected_by_people
         from nc_audit.model import Model
         from nc_audit.rivals import look_around
-        from nc_audit.score import Draw, heeding, judge
+        from nc_audit.score import Draw, judge
         from nc_audit.unlikely_words import unlikely_words
 
         facts, pairs = self.run.stage("train"), self.pairs
@@ -603,8 +603,6 @@ class _Audit:
                 folded.captions,
                 judged["noise_probability"].numpy(),
             )
-            if draws[0].swaps and settings.words:
-                judged |= heeding(judged, torch.from_numpy(words.ratio_P), pairs, settings.words)
             found = self._found_by_people()
             if found and rate.is_calibrated:
                 place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}

@@ -356,9 +356,6 @@ class ScoreSection(_Section):
     )
     references: int = Field(8000, ge=1, description="pairs that may vote")
     min_trust: float = Field(0.3, ge=0, le=1, description="pairs less likely clean than this do not vote")
-    words: float = Field(
-        0.07, ge=0, description="how much a word that the image looks unlike moves a pair; self_paced only"
-    )
 
 
 class TagSection(_Section):

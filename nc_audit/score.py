@@ -37,7 +37,6 @@ from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
 
-_MOST_HEEDED = 15.0  # units of an unlikely word's log ratio
 _MOST_OWN = 30  # neighbours of the own image that are looked past
 
 
@@ -252,28 +251,3 @@ def _weigh(draw: Draw, pairs: Pairs, settings: ScoreSection, seed: int, *, whole
         right_by_chance=by_chance,
     )
     return _Weighed(evidence.standardised(), rate, around)
-
-
-def heeding(judged: Mapping[str, Tensor], ratio_N: Tensor, pairs: Pairs, weight: float) -> dict[str, Tensor]:
-    """Scores raised by words that images look unlike; the probabilities stay those they are, in the new order.
-
-    Known swaps teach to tell whole captions apart. What a single word adds is not calibrated, so it moves pairs among
-    each other only, where an image has several captions, which agree about what is to be said of it.
-
-    Args:
-        judged: `noise_score` and `noise_probability`, which rises with it, shapes [N].
-        ratio_N: log ratio of the least likely word of each pair, 0 where there is none, [N].
-        pairs: the given pairs.
-        weight: for each unit of the ratio below -1, in standard deviations of the scores of likely right pairs.
-
-    Returns:
-        Both, anew.
-    """
-    score_N, probability_N = judged["noise_score"], judged["noise_probability"]
-    is_right = probability_N < 0.5
-    spread = score_N[is_right].std() if is_right.sum() > 1 else score_N.new_zeros(())
-    has_others = torch.bincount(pairs.image_N, minlength=pairs.num_images)[pairs.image_N] > 1
-    raised_N = score_N + weight * spread * (-ratio_N - 1).clamp(0, _MOST_HEEDED) * has_others
-    moved_N = torch.empty_like(probability_N)
-    moved_N[raised_N.argsort(stable=True)] = probability_N.sort().values
-    return {"noise_score": raised_N, "noise_probability": moved_N}

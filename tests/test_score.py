@@ -7,8 +7,6 @@ import oracles
 import pytest
 import strategies
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from planted import QUICK, Planted, inputs_of, planted_set
 
 from nc_audit.calibrate import HeldOut, NoiseRate, combine_held_out
@@ -17,7 +15,7 @@ from nc_audit.methods.known_swaps import swaps_auroc
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import ScoreSection
 from nc_audit.rivals import look_around, reach
-from nc_audit.score import Draw, ask_neighbours, heeding, judge
+from nc_audit.score import Draw, ask_neighbours, judge
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
 from nc_audit.train.self_paced import Trained, train_robustly
@@ -278,44 +276,3 @@ def test_a_set_without_noise_is_left_alone(planted_without_noise):
     probability = columns["noise_probability"]
     assert rate.estimate < 0.05
     assert (probability > 0.8).double().mean() < 0.05
-
-
-NUMBERS = st.floats(-20, 20, allow_nan=False, width=32)
-
-
-@st.composite
-def judged_pairs(draw):
-    """Scores, probabilities that rise with them, ratios of words, and pairs of a few images."""
-    num = draw(st.integers(1, 40))
-    score = torch.tensor(draw(st.lists(NUMBERS, min_size=num, max_size=num)))
-    chance = sorted(draw(st.lists(st.floats(0, 1, width=32), min_size=num, max_size=num)))
-    probability = torch.empty(num)
-    probability[score.argsort(stable=True)] = torch.tensor(chance)
-    ratio = -torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.5, 3.0, 40.0]), min_size=num, max_size=num)))
-    image = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=num, max_size=num)))
-    return score, probability, ratio, Pairs(image, torch.arange(num), 10, num)
-
-
-@given(judged_pairs(), st.sampled_from([0.07, 1.0]))
-def test_unlikely_words_move_pairs_and_leave_how_many_are_noise(case, weight):
-    score, probability, ratio, pairs = case
-    found = heeding({"noise_score": score, "noise_probability": probability}, ratio, pairs, weight)
-    raised, moved = found["noise_score"], found["noise_probability"]
-    assert moved.sort().values.tolist() == probability.sort().values.tolist()
-    order = raised.argsort(stable=True)
-    assert (moved[order].diff() >= 0).all()
-    right = score[probability < 0.5]
-    spread = float(right.std()) if len(right) > 1 else 0.0
-    for at in range(len(score)):
-        has_others = (pairs.image_N == pairs.image_N[at]).sum() > 1
-        by = weight * spread * min(15.0, max(0.0, -float(ratio[at]) - 1)) if has_others else 0.0
-        assert float(raised[at]) == pytest.approx(float(score[at]) + by, rel=1e-5, abs=1e-5)
-
-
-@given(judged_pairs())
-def test_without_unlikely_words_nothing_moves(case):
-    score, probability, ratio, pairs = case
-    judged = {"noise_score": score, "noise_probability": probability}
-    for found in (heeding(judged, 0 * ratio, pairs, 1.0), heeding(judged, ratio, pairs, 0.0)):
-        assert found["noise_score"].tolist() == score.tolist()
-        assert found["noise_probability"].tolist() == probability.tolist()

@@ -19,9 +19,8 @@ from nc_audit.bench.corpus import Corrupted
 from nc_audit.calibrate import NoiseRate
 from nc_audit.model import Model
 from nc_audit.recipe import Recipe
-from nc_audit.score import Draw, heeding, judge
+from nc_audit.score import Draw, judge
 from nc_audit.train import Inputs, train
-from nc_audit.unlikely_words import unlikely_words
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,6 @@ def run_recipe(
             recipe.train.seed,
             whole_images=bool(judgement.facts.get("whole_images", False)),
         )
-        if draws[0].swaps and recipe.score.words:
-            folded = corrupted.folded
-            words = unlikely_words(
-                corrupted.image_ID.numpy(),
-                folded.pair_image,
-                folded.pair_caption,
-                folded.captions,
-                columns["noise_probability"].numpy(),
-            )
-            ratio = torch.from_numpy(words.ratio_P)
-            columns |= heeding(columns, ratio, corrupted.pairs, recipe.score.words)
     seconds = time.perf_counter() - start
     return Verdict(
         rate, judgement.given | columns, judgement.model.to("cpu"), judgement.facts, trusted, seconds
