@@ -16,7 +16,7 @@ import nc_audit
 PACKAGE = Path(nc_audit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions", "hub", "room", "process"}
+ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions", "hub", "room", "process", "words"}
 """What every module may import, itself aside."""
 
 ALSO = {
@@ -57,6 +57,7 @@ ALSO = {
     },
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders", "nc_audit.team"},
     "team": set(),
+    "unlikely_words": set(),
     "cluster": {"nc_audit.pipeline", "nc_audit.team"},
 }
 """What a stage may import beyond that; of the dataset and the report only the names below."""
@@ -84,6 +85,7 @@ FOUNDATION = {
     "hub": set(),
     "process": set(),
     "room": {"run"},
+    "words": set(),
     "model": {"errors", "run", "methods"},
 }
 """What the modules that everybody may import may import themselves; "" is the package's own name and version."""
