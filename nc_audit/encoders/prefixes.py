@@ -1,7 +1,7 @@
 """A causal text tower on distinct beginnings of captions: what captions share from their start is computed once.
 
 With a causal mask, what a token becomes depends on the tokens before it alone. Sorted captions share their beginnings
-with their neighbours ("there are many ..."), in remote sensing half of all tokens, so all that works token by token
+with their neighbours ("there are many ..."), nearly half of all tokens in UCM-Captions, so what works token by token
 (norms, projections, perceptrons: nearly all multiplications) is done for the nodes of a tree of beginnings, and only
 attention for each caption. Of the last block only what the end-of-text token needs is computed. Padding is not.
 

@@ -15,7 +15,7 @@ NUM = 600
 
 
 def seen_case(per_image: int = 1, seed: int = 0) -> tuple[Case, np.ndarray]:
-    """Images of six things, which the embedding shows and every caption names, with small talk around it."""
+    """Images of eight things, which the embedding shows and every caption names, with small talk around it."""
     draw = np.random.default_rng(seed)
     case = Case(NUM, per_image)
     thing = np.arange(NUM) % len(THINGS)
@@ -136,7 +136,7 @@ def slowly(case: Case) -> set[int]:
     along = np.c_[centred @ directions.T / (values / np.sqrt(NUM)), np.ones(NUM)]
     fold = np.random.default_rng(0).permutation(NUM) % 5
     rows_of = [np.flatnonzero(case.row_image == image).tolist() for image in range(NUM)]
-    odd_rows: dict[int, float] = {}
+    odd_rows: set[int] = set()
     for word in {word for caption in captions for word in (caption or "").split() if word not in ("a", "is")}:
         says = np.array([word in (caption or "").split() for caption in captions])
         share = np.array([says[rows].mean() for rows in rows_of])
@@ -155,5 +155,5 @@ def slowly(case: Case) -> set[int]:
         middle = (positive.mean() + negative.mean()) / 2
         ratio = (like - middle) * max(positive.mean() - negative.mean(), 0) / width
         for image in np.flatnonzero((ratio <= -8) & (share == 0.5)):
-            odd_rows.update({row: 1.0 for row in rows_of[image] if says[row]})
-    return set(odd_rows)
+            odd_rows |= {row for row in rows_of[image] if says[row]}
+    return odd_rows
