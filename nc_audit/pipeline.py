@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from nc_audit.methods.matching import Pairs
     from nc_audit.rivals import Reach
     from nc_audit.train import Trajectory
-    from nc_audit.unlikely_words import UnlikelyWords
+    from nc_audit.unlikely_words import WordMaps
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
@@ -580,7 +580,7 @@ class _Audit:
         from nc_audit.model import Model
         from nc_audit.rivals import look_around
         from nc_audit.score import Draw, judge
-        from nc_audit.unlikely_words import unlikely_words
+        from nc_audit.unlikely_words import WordMaps
 
         facts, pairs = self.run.stage("train"), self.pairs
         settings, seed = self.recipe.score, self.recipe.train.seed
@@ -593,15 +593,17 @@ class _Audit:
                 model = Model.load(folder / "heads.safetensors").to(device)
                 evidence, swaps = (_tensors(folder / f"{table}.parquet") for table in ("evidence", "swaps"))
                 draws.append(Draw(evidence, swaps, *model.embed(*self.inputs)))
-            rate, judged = judge(draws, pairs, settings, seed, whole_images=facts["whole_images"])
             vectors = draws[0].image_ID, draws[0].caption_CD
             folded = self.folded
-            words = unlikely_words(
+            words = WordMaps(
                 self.inputs[0].numpy(),
                 folded.pair_image,
                 folded.pair_caption,
                 folded.captions,
-                judged["noise_probability"].numpy(),
+                draws[0].right.numpy(),
+            )
+            rate, judged = judge(
+                draws, pairs, settings, seed, whole_images=facts["whole_images"], words=words
             )
             found = self._found_by_people()
             if found and rate.is_calibrated:
@@ -658,7 +660,7 @@ class _Audit:
         }
 
     def _findings(
-        self, scores: pa.Table, image: Tensor, caption: Tensor, words: UnlikelyWords
+        self, scores: pa.Table, image: Tensor, caption: Tensor, words: WordMaps
     ) -> tuple[pa.Table, list[str]]:
         """The `findings` table, and which searches were capped."""
         from nc_audit.dataset import decode_image
@@ -674,7 +676,7 @@ class _Audit:
 
         at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
         probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
-        is_unlikely = words.is_named.tolist()
+        stem, is_unlikely = words.given.stem_N.tolist(), words.given.is_named.tolist()
         cut = dict(zip(self.embeddings.caption_ids, self.embeddings.is_cut, strict=True))
         found = find_all(
             pairs,
@@ -690,7 +692,7 @@ class _Audit:
             read_hash,
             [cut[caption] for caption in folded.caption_ids],
             {
-                row: words.told(pair, folded.captions[folded.pair_caption[pair]])
+                row: words.told(stem[pair], folded.captions[folded.pair_caption[pair]])
                 for row, pair in enumerate(folded.row_pair.tolist())
                 if pair >= 0 and is_unlikely[pair] and probability[row] < 0.5
             },

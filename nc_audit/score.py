@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,7 +38,11 @@ from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
 from nc_audit.recipe import ScoreSection
 
+if TYPE_CHECKING:
+    from nc_audit.unlikely_words import WordMaps
+
 _MOST_OWN = 30  # neighbours of the own image that are looked past
+_WORDS = 1.5  # how much what words tell against a pair counts, where it tells as much as held-out heads
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,13 @@ class Draw:
         """One quantity on given pairs and swaps."""
         return Evidence(self.given[name], self.swaps[name])
 
+    @property
+    def right(self) -> Tensor:
+        """Probability of each given pair to be right by training alone, shape [N], 0..1."""
+        if "clean_posterior" in self.given:
+            return self.given["clean_posterior"]
+        return 1 - self.given["noise_probability"]
+
 
 def judge(
     draws: Sequence[Draw],
@@ -145,6 +157,7 @@ def judge(
     seed: int,
     *,
     whole_images: bool = False,
+    words: WordMaps | None = None,
 ) -> tuple[NoiseRate, dict[str, Tensor]]:
     """Noise rate, noise score and probability of every distinct pair, from what training handed on.
 
@@ -156,6 +169,7 @@ def judge(
         settings: the recipe's `score` section.
         seed: draws the bootstrap and the reference pairs.
         whole_images: noise strikes whole images; then each pair speaks for its image.
+        words: tell against a pair word by word, where noise strikes pairs one by one.
 
     Returns:
         The noise rate; `noise_score` (higher = noisier), `noise_probability` (0..1) and `neighbour_distance`.
@@ -186,7 +200,7 @@ def judge(
         score, distance = draw.given["noise_score"], around.distance
     else:
         weighed = [
-            _weigh(draw, pairs, settings, seed + at, whole_images=whole_images)
+            _weigh(draw, pairs, settings, seed + at, words, whole_images=whole_images)
             for at, draw in enumerate(draws)
         ]
         rate = mean_rate([one.rate for one in weighed])
@@ -214,7 +228,15 @@ class _Weighed:
     around: Neighbourhood
 
 
-def _weigh(draw: Draw, pairs: Pairs, settings: ScoreSection, seed: int, *, whole_images: bool) -> _Weighed:
+def _weigh(
+    draw: Draw,
+    pairs: Pairs,
+    settings: ScoreSection,
+    seed: int,
+    words: WordMaps | None,
+    *,
+    whole_images: bool,
+) -> _Weighed:
     swapped = Pairs(draw.swaps["image"], draw.swaps["caption"], pairs.num_images, pairs.num_captions)
     by_chance = right_by_chance(
         swapped.image_N, swapped.caption_N, pairs.image_N, pairs.caption_N, pairs.num_captions
@@ -242,6 +264,10 @@ def _weigh(draw: Draw, pairs: Pairs, settings: ScoreSection, seed: int, *, whole
     if "zero_shot_loss" in draw.given:
         untrained = draw.evidence("zero_shot_loss")
         evidence = evidence + untrained.times(worth(untrained, held))
+    if words is not None:
+        total, least = _told_by(words, swapped, seed)
+        weight = _WORDS * worth(fused(total, least), held)
+        evidence = evidence + total.times(weight) + least.times(weight)
     rate = noise_rate(
         evidence,
         pairs.image_N,
@@ -251,3 +277,11 @@ def _weigh(draw: Draw, pairs: Pairs, settings: ScoreSection, seed: int, *, whole
         right_by_chance=by_chance,
     )
     return _Weighed(evidence.standardised(), rate, around)
+
+
+def _told_by(words: WordMaps, swapped: Pairs, seed: int) -> tuple[Evidence, Evidence]:
+    """What all words tell against pairs and swaps, and what the least likely one does."""
+    given = words.given
+    swaps = words.swaps(swapped.image_N.numpy(), swapped.caption_N.numpy(), seed)
+    total, least = (given.total_N, swaps.total_N), (given.least_N, swaps.least_N)
+    return Evidence(*map(torch.from_numpy, total)), Evidence(*map(torch.from_numpy, least))

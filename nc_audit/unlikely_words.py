@@ -1,12 +1,13 @@
-"""Single words that their images do not look like: said of an image, and hardly to be seen there.
+"""Words that their images do not look like: said of an image, and hardly to be seen there.
 
 For each word a linear map of the image embeddings tells how much an image looks like those it is said of, learnt
 without the image's own fold. Where an image lies much deeper among those a word is not said of, and no other caption
-of the image says it, the word is unlikely. Words, unlike whole captions, have no known mismatches to calibrate on: what
-is found is a place to look at, not a probability, and does not enter the scores.
+of the image vouches for it, the word is unlikely. Since the maps can be asked about any image and caption, known swaps
+can be asked as well: what words tell against a pair is evidence as any other is, and calibrated with it.
 
-Shapes: I = distinct images; C = distinct captions; P = distinct pairs; W = words; S = entries of a sparse [I, W], one
-for each image and word said of it; K = directions of the embeddings, and a constant; F = folds.
+Shapes: I = distinct images; C = distinct captions; P = distinct pairs; N = pairs asked about; W = words; S = entries of
+a sparse [I, W], one for each image and word said of it; E = words of pairs asked about; K = directions of the
+embeddings, and a constant; F = folds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 FEWEST_IMAGES = 200
 FEWEST_SAID = 20  # images that a word is said of by likely right captions
 LIMIT = -8.0  # log ratio: e^8 times as typical of the images without the word as of those with it
+_FARTHEST = -12.0  # log ratio; beyond it no word tells more
 _MOST_WORDS = 4_000
 _MOST_DIRECTIONS = 256
 _FOLDS = 5
@@ -37,89 +40,209 @@ _MOST_SHOWN = 40  # letters of a word
 
 @dataclass(frozen=True)
 class UnlikelyWords:
-    """The word of each pair that its image looks least like, among those that no other caption of the image says.
+    """What the words of pairs tell against them; words that another caption of the image vouches for do not count.
 
     Attributes:
-        ratio_P: how much more the image looks like those the word is said of than like the others, log ratio, float32
-            [P]; far below 0 where it hardly can be right, 0 where there is no such word.
-        stem_P: which of `stems` it is, int64 [P]; -1 where there is none.
-        stems: words without the s of a plural.
-        num_said_W: number of images that likely right captions say it of, [W].
+        ratio_N: of the word that the image looks least like, how much more it looks like those the word is said of than
+            like the others, log ratio, float32 [N]; far below 0 where it hardly can be right, 0 where there is none.
+        stem_N: which of the words it is, int64 [N]; -1 where there is none.
+        total_N: sum over the words of the root of how far below 0 each one's ratio is, down to -12, float32 [N].
     """
 
-    ratio_P: np.ndarray
-    stem_P: np.ndarray
-    stems: list[str]
-    num_said_W: np.ndarray
+    ratio_N: np.ndarray
+    stem_N: np.ndarray
+    total_N: np.ndarray
 
     @property
     def is_named(self) -> np.ndarray:
-        """Whether the word is so unlikely that a person should look, bool [P]."""
-        return self.ratio_P <= LIMIT
+        """Whether the word is so unlikely that a person should look, bool [N]."""
+        return self.ratio_N <= LIMIT
 
-    def told(self, pair: int, caption: str) -> str:
-        """What is to be said to a person of a pair that has such a word."""
-        stem = int(self.stem_P[pair])
-        shown = min(word for word in words_of(caption) if _stem(word) == self.stems[stem])
-        shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
-        others = int(self.num_said_W[stem]) - 1
-        return f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
+    @property
+    def least_N(self) -> np.ndarray:
+        """What the least likely word alone adds to `total_N`, float32 [N]."""
+        return _root(self.ratio_N)
 
 
-def unlikely_words(
-    embedding_ID: np.ndarray,
-    image_P: np.ndarray,
-    caption_P: np.ndarray,
-    captions: Sequence[str],
-    probability_P: np.ndarray,
-) -> UnlikelyWords:
-    """Look for the least likely word of each distinct pair.
+class WordMaps:
+    """Linear maps from image embeddings to words, learnt from pairs by how likely each is right.
 
     Args:
         embedding_ID: image embeddings, [I, D].
         image_P: image of each pair, [P].
         caption_P: caption of each pair, [P].
         captions: text of each distinct caption, C of them.
-        probability_P: probability of each pair to be noise, 0..1, [P]; pairs teach by what is left to 1.
+        right_P: probability of each pair to be right, 0..1, [P].
     """
-    from scipy import sparse
 
-    num_pairs, num_images = len(image_P), len(embedding_ID)
-    nothing = UnlikelyWords(
-        np.zeros(num_pairs, np.float32), np.full(num_pairs, -1), [], np.zeros(0, np.int64)
-    )
-    if num_images < FEWEST_IMAGES or not num_pairs:
-        return nothing
-    right_P = np.maximum(1 - np.nan_to_num(probability_P.astype(np.float64), nan=1.0), 1e-9)
-    is_right_P = right_P > 0.5
-    stems, says_CW = _says(captions)
+    def __init__(
+        self,
+        embedding_ID: np.ndarray,
+        image_P: np.ndarray,
+        caption_P: np.ndarray,
+        captions: Sequence[str],
+        right_P: np.ndarray,
+    ) -> None:
+        from scipy import sparse
 
-    def said(weight_P: np.ndarray) -> sparse.csr_array:
-        """Summed weights, all above 0, of the pairs of each image that say each word: [I, W] of one pattern."""
-        of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, len(captions)))
-        summed = (of_images @ says_CW).tocsr()
-        summed.sort_indices()
-        return summed
+        self.image_P, self.caption_P = image_P, caption_P
+        self.right_P = np.maximum(np.nan_to_num(right_P.astype(np.float64)), 1e-9)
+        num_images = len(embedding_ID)
+        of_images = sparse.csr_array(
+            (self.right_P, (image_P, caption_P)), shape=(num_images, max(1, len(captions)))
+        )
+        if num_images < FEWEST_IMAGES or not len(image_P):
+            self._stems: list[str] = []
+            return
+        stems, says_CW = _says(captions)
+        said_IW = (of_images @ says_CW).tocsr()
+        num_said_W = np.bincount(said_IW.indices[said_IW.data > 0.5], minlength=len(stems))
+        chosen = np.argsort(-num_said_W, kind="stable")[:_MOST_WORDS]
+        chosen = chosen[num_said_W[chosen] >= FEWEST_SAID]
+        self._stems, self._num_said_W = [stems[at] for at in chosen], num_said_W[chosen]
+        if not len(chosen):
+            return
+        self._says_CW = _sorted(says_CW[:, chosen])
+        self._said_IW = _sorted(of_images @ self._says_CW)
+        self._directions = _Directions(embedding_ID)
+        self._fold_I = np.random.default_rng(0).permutation(num_images) % _FOLDS
+        total_I = np.bincount(image_P, self.right_P, num_images)
+        self._maps_FKW = self._learn(total_I)
+        self._middle_W, self._slope_W = self._curves(total_I)
 
-    num_said_W = np.asarray((said(np.where(is_right_P, 1.0, 1e-9)) > 0.5).sum(0)).ravel()
-    chosen = np.argsort(-num_said_W, kind="stable")[:_MOST_WORDS]
-    chosen = chosen[num_said_W[chosen] >= FEWEST_SAID]
-    if not len(chosen):
-        return nothing
-    says_CW, num_said_W, stems = says_CW[:, chosen], num_said_W[chosen], [stems[at] for at in chosen]
-    share_IW = said(right_P)
-    total_I = np.bincount(image_P, right_P, num_images)
-    share_IW.data /= np.repeat(total_I, np.diff(share_IW.indptr))
-    is_said_S = said(np.where(is_right_P, 1.0, 1e-9)).data > 0.5
-    ratio_S = _log_ratios(embedding_ID, np.minimum(total_I, 1.0), share_IW, is_said_S)
-    # Where a single pair says the word, the sum of the numbers of those that do is its own.
-    alone = np.flatnonzero((said(np.ones(num_pairs)).data == 1) & (ratio_S < 0))
-    pair_S = said(np.arange(1.0, num_pairs + 1)).data.astype(np.int64) - 1
-    alone = alone[np.argsort(ratio_S[alone], kind="stable")]
-    pair, first = np.unique(pair_S[alone], return_index=True)
-    nothing.ratio_P[pair] = ratio_S[alone[first]]
-    nothing.stem_P[pair] = share_IW.indices[alone[first]]
-    return UnlikelyWords(nothing.ratio_P, nothing.stem_P, stems, num_said_W)
+    def told(self, stem: int, caption: str) -> str:
+        """What is to be said to a person of a caption with this word."""
+        shown = min(word for word in words_of(caption) if _stem(word) == self._stems[stem])
+        shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
+        others = int(self._num_said_W[stem]) - 1
+        return f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
+
+    @cached_property
+    def given(self) -> UnlikelyWords:
+        """What words tell against the pairs that the maps were learnt from, P of them."""
+        return self._ask(self.image_P, self.caption_P, np.arange(len(self.image_P)))
+
+    def swaps(self, image_N: np.ndarray, caption_N: np.ndarray, seed: int) -> UnlikelyWords:
+        """What words tell against captions put in the place of one of an image's own, drawn at random.
+
+        The caption that makes room vouches for nothing, so that a swap has as many beside it as a wrong pair has.
+
+        Args:
+            image_N: images, each of one pair at least, [N].
+            caption_N: captions put to them, [N].
+            seed: draws the places.
+        """
+        by_image = np.argsort(self.image_P, kind="stable")
+        sizes = np.bincount(self.image_P, minlength=int(image_N.max(initial=0)) + 1)
+        starts = np.cumsum(sizes) - sizes
+        draws = np.random.default_rng(seed).random(len(image_N))
+        place_N = by_image[starts[image_N] + (draws * sizes[image_N]).astype(np.int64)]
+        return self._ask(image_N, caption_N, place_N)
+
+    def _ask(self, image_N: np.ndarray, caption_N: np.ndarray, place_N: np.ndarray) -> UnlikelyWords:
+        """Look for what tells against pairs that stand in the place of given ones, [N]."""
+        found = UnlikelyWords(
+            np.zeros(len(image_N), np.float32), np.full(len(image_N), -1), np.zeros(len(image_N), np.float32)
+        )
+        if not self._stems:
+            return found
+        by_image = np.argsort(image_N, kind="stable")
+        ordered = image_N[by_image]
+        for part, like in self._likeness():
+            asked = by_image[np.searchsorted(ordered, part.start) : np.searchsorted(ordered, part.stop)]
+            words = self._says_CW[caption_N[asked]]
+            pair_E, word_E = np.repeat(np.arange(len(asked)), np.diff(words.indptr)), words.indices
+            image_E, place_E = image_N[asked][pair_E], place_N[asked][pair_E]
+            own_E = self.right_P[place_E] * _at(self._says_CW, self.caption_P[place_E], word_E)
+            counts = _at(self._said_IW, image_E, word_E) - own_E < 0.5
+            pair_E, word_E, image_E = pair_E[counts], word_E[counts], image_E[counts]
+            ratio_E = like[image_E - part.start, word_E] - self._middle_W[word_E]
+            ratio_E = np.minimum(ratio_E * self._slope_W[word_E], 0.0)
+            found.total_N[asked] = np.bincount(pair_E, _root(ratio_E), len(asked))
+            # The least likely word of each, the last of them written; words come in one order whatever the ratio.
+            order = np.argsort(-ratio_E, kind="stable")
+            order = order[ratio_E[order] < 0]
+            found.ratio_N[asked[pair_E[order]]] = ratio_E[order]
+            found.stem_N[asked[pair_E[order]]] = word_E[order]
+        return found
+
+    def _learn(self, total_I: np.ndarray) -> np.ndarray:
+        """For each fold the map learnt from the others: ridge regression on the share of captions that say a word."""
+        num, num_words = self._directions.num, len(self._stems)
+        weight_I = np.minimum(total_I, 1.0)
+        share_IW = self._said_IW.copy()
+        share_IW.data /= np.repeat(np.maximum(total_I, 1e-9), np.diff(share_IW.indptr))
+        gram_F, cross_F = np.zeros((_FOLDS, num, num)), np.zeros((_FOLDS, num, num_words))
+        for part, along in self._directions.parts():
+            for fold in range(_FOLDS):
+                mine = self._fold_I[part] == fold
+                weighed = along[mine] * weight_I[part][mine, None]
+                gram_F[fold] += weighed.T @ along[mine]
+                cross_F[fold] += (share_IW[part][mine].T @ weighed).T
+        gram = gram_F.sum(0) + np.diag([_DECAY * weight_I.sum()] * (num - 1) + [1e-9])
+        cross = cross_F.sum(0)
+        maps_FKW = np.empty(cross_F.shape, np.float32)
+        for fold in range(_FOLDS):
+            maps_FKW[fold] = np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold])
+        return maps_FKW
+
+    def _curves(self, total_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each word, where a map's values turn from unlike to like, and how fast: log ratio by unit, both [W].
+
+        The values are taken as normal among the images the word is said of and among the others, with one variance.
+        Images none of whose captions is likely right belong to neither.
+        """
+        is_known_I = total_I > 0.5
+        is_said_S, num_words = self._said_IW.data > 0.5, len(self._stems)
+        total_W, square_W, with_W = np.zeros(num_words), np.zeros(num_words), np.zeros(num_words)
+        for part, like in self._likeness():
+            known = like[is_known_I[part]]
+            total_W += known.sum(0, dtype=np.float64)
+            square_W += np.square(known).sum(0, dtype=np.float64)
+            ends = self._said_IW.indptr[part.start : part.stop + 1]
+            here = slice(ends[0], ends[-1])
+            image = np.repeat(np.arange(len(like)), np.diff(ends))[is_said_S[here]]
+            word = self._said_IW.indices[here][is_said_S[here]]
+            with_W += np.bincount(word, like[image, word], num_words)
+        num_with = np.maximum(self._num_said_W, 1)
+        num_without = np.maximum(is_known_I.sum() - num_with, 1)
+        mean_with, mean_without = with_W / num_with, (total_W - with_W) / num_without
+        spread = square_W - num_with * mean_with**2 - num_without * mean_without**2
+        spread = np.maximum(spread, 1e-12 * len(total_I)) / is_known_I.sum()
+        return (mean_with + mean_without) / 2, np.maximum(mean_with - mean_without, 0) / spread
+
+    def _likeness(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """What the maps make of images, each by the map learnt without its fold, [some, W], a part at a time."""
+        for part, along in self._directions.parts():
+            like = np.empty((len(along), len(self._stems)), np.float32)
+            for fold in range(_FOLDS):
+                mine = self._fold_I[part] == fold
+                like[mine] = along[mine] @ self._maps_FKW[fold]
+            yield part, like
+
+
+def _root(ratio: np.ndarray) -> np.ndarray:
+    """The root of how far log ratios are below 0: many words that tell a little outweigh one that tells much."""
+    return np.sqrt(-np.clip(ratio, _FARTHEST, 0.0))
+
+
+def _sorted(table: sparse.csr_array) -> sparse.csr_array:
+    """The same with the columns of each row in order."""
+    table = table.tocsr()
+    table.sort_indices()
+    return table
+
+
+def _at(table: sparse.csr_array, row_E: np.ndarray, column_E: np.ndarray) -> np.ndarray:
+    """Values of a sparse table, sorted, at given places, [E]; 0 where it holds none."""
+    rows, inverse_E = np.unique(row_E, return_inverse=True)
+    some, width = table[rows], table.shape[1]
+    held = np.repeat(np.arange(len(rows)), np.diff(some.indptr)) * width + some.indices
+    if not len(held):
+        return np.zeros(len(row_E))
+    asked_E = inverse_E * width + column_E
+    at_E = np.minimum(np.searchsorted(held, asked_E), len(held) - 1)
+    return np.where(held[at_E] == asked_E, some.data[at_E], 0.0)
 
 
 def _says(texts: Sequence[str]) -> tuple[list[str], sparse.csr_array]:
@@ -153,66 +276,6 @@ def _stem(word: str) -> str:
         ['tree', 'grass', 'bus']
     """
     return word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "sui" else word
-
-
-def _log_ratios(
-    embedding_ID: np.ndarray, weight_I: np.ndarray, share_IW: sparse.csr_array, is_said_S: np.ndarray
-) -> np.ndarray:
-    """How much more an image looks like those its words are said of than like the others, log ratio, [S].
-
-    What the maps make of an image is taken as normal among both kinds of images, with one variance. Images none of
-    whose captions is likely right belong to neither.
-
-    Args:
-        embedding_ID: image embeddings, [I, D].
-        weight_I: how many of an image's captions are right, up to 1, as far as is known, [I].
-        share_IW: share of an image's captions that say a word, 0..1.
-        is_said_S: whether the entry is by a caption that is likely right.
-    """
-    num_images, num_words = share_IW.shape
-    directions = _Directions(embedding_ID)
-    fold_I = np.random.default_rng(0).permutation(num_images) % _FOLDS
-    gram_F = np.zeros((_FOLDS, directions.num, directions.num))
-    cross_F = np.zeros((_FOLDS, directions.num, num_words))
-    for part, along in directions.parts():
-        for fold in range(_FOLDS):
-            mine = fold_I[part] == fold
-            weighed = along[mine] * weight_I[part][mine, None]
-            gram_F[fold] += weighed.T @ along[mine]
-            cross_F[fold] += (share_IW[part][mine].T @ weighed).T
-    decay = np.diag([_DECAY * weight_I.sum()] * (directions.num - 1) + [1e-9])
-    gram, cross = gram_F.sum(0) + decay, cross_F.sum(0)
-    maps = [
-        np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold]).astype(np.float32)
-        for fold in range(_FOLDS)
-    ]
-    is_known_I = weight_I > 0.5
-    total_W, square_W = np.zeros(num_words), np.zeros(num_words)
-    like_S = np.empty(len(share_IW.data))
-    for part, along in directions.parts():
-        like = np.empty((len(along), num_words), np.float32)
-        for fold in range(_FOLDS):
-            mine = fold_I[part] == fold
-            like[mine] = along[mine] @ maps[fold]
-        known = like[is_known_I[part]]
-        total_W += known.sum(0, dtype=np.float64)
-        square_W += np.square(known).sum(0, dtype=np.float64)
-        ends = share_IW.indptr[part.start : part.stop + 1]
-        image_S = np.repeat(np.arange(len(along)), np.diff(ends))
-        like_S[ends[0] : ends[-1]] = like[image_S, share_IW.indices[ends[0] : ends[-1]]]
-    word_S = share_IW.indices
-
-    def summed(values_S: np.ndarray) -> np.ndarray:
-        return np.bincount(word_S[is_said_S], values_S[is_said_S], num_words)
-
-    num_with = np.maximum(summed(np.ones_like(like_S)), 1)
-    num_without = np.maximum(is_known_I.sum() - num_with, 1)
-    mean_with = summed(like_S) / num_with
-    mean_without = (total_W - summed(like_S)) / num_without
-    spread = square_W - num_with * mean_with**2 - num_without * mean_without**2
-    spread = np.maximum(spread, 1e-12 * num_images) / is_known_I.sum()
-    slope = np.maximum(mean_with - mean_without, 0) / spread
-    return (like_S - (mean_with + mean_without)[word_S] / 2) * slope[word_S]
 
 
 class _Directions:

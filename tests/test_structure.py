@@ -21,7 +21,7 @@ ANYBODY_MAY = {"errors", "schema", "run", "recipe", "methods", "decisions", "hub
 
 ALSO = {
     "train": {"nc_audit.calibrate", "nc_audit.model"},
-    "score": {"nc_audit.calibrate", "nc_audit.model"},
+    "score": {"nc_audit.calibrate", "nc_audit.model", "nc_audit.unlikely_words"},
     "calibrate": set(),
     "tag": set(),
     "dataset": set(),
@@ -54,6 +54,7 @@ ALSO = {
         "nc_audit.calibrate",
         "nc_audit.model",
         "nc_audit.pipeline",
+        "nc_audit.unlikely_words",
     },
     "embed": {"nc_audit.dataset", "nc_audit.dataset.images", "nc_audit.encoders", "nc_audit.team"},
     "team": set(),

@@ -21,6 +21,7 @@ from nc_audit.model import Model
 from nc_audit.recipe import Recipe
 from nc_audit.score import Draw, judge
 from nc_audit.train import Inputs, train
+from nc_audit.unlikely_words import WordMaps
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,20 @@ def run_recipe(
             Draw(one.given, one.swaps, *one.model.to(place).embed(corrupted.image_ID, corrupted.caption_CD))
             for one in judgement.draws
         ]
+        words = WordMaps(
+            corrupted.image_ID.numpy(),
+            corrupted.pairs.image_N.numpy(),
+            corrupted.pairs.caption_N.numpy(),
+            corrupted.folded.captions,
+            draws[0].right.numpy(),
+        )
         rate, columns = judge(
             draws,
             corrupted.pairs,
             recipe.score,
             recipe.train.seed,
             whole_images=bool(judgement.facts.get("whole_images", False)),
+            words=words,
         )
     seconds = time.perf_counter() - start
     return Verdict(

@@ -34,7 +34,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     from nc_audit.schema import PAIRS
     from nc_audit.score import Draw, judge
     from nc_audit.train import Inputs, train
-    from nc_audit.unlikely_words import unlikely_words
+    from nc_audit.unlikely_words import WordMaps
 
     generator = torch.Generator().manual_seed(0)
     num_images = num_pairs // per_image
@@ -58,6 +58,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     pairs = Pairs(true_image[moved], torch.arange(num_pairs), num_images, num_pairs)
     wrong = pairs.image_N != true_image
     settings, scoring = TrainSection(), ScoreSection()  # type: ignore[call-arg]
+    captions = said(num_pairs)
     start = time.perf_counter()
     device = choose_device(device)
     precision = choose_precision("auto", device)
@@ -68,7 +69,10 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     trained = time.perf_counter()
     with torch.inference_mode():
         vectors = judgement.model.to(device).embed(image, caption)
-        rate, columns = judge([Draw(judgement.given, judgement.swaps, *vectors)], pairs, scoring, 0)
+        draw = Draw(judgement.given, judgement.swaps, *vectors)
+        both = pairs.image_N.numpy(), pairs.caption_N.numpy()
+        words = WordMaps(image.numpy(), *both, captions, draw.right.numpy())
+        rate, columns = judge([draw], pairs, scoring, 0, words=words)
         judged = time.perf_counter()
         far = reach(num_images, num_pairs, scoring, device)
         best = look_around(*vectors, pairs, far, 0)
@@ -79,13 +83,11 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         "pair_id": [str(row) for row in rows],
         "image": [str(one) for one in pairs.image_N.tolist()],
     }
-    captions = said(num_pairs)
     known |= {"caption": captions, "source": ["c"] * num_pairs}
     table = pa.table({one.name: pa.array(known.get(one.name, [None] * num_pairs), one.type) for one in PAIRS})
     del known, rows
     told = time.perf_counter()
     probability = columns["noise_probability"].double().numpy()
-    unlikely_words(image.numpy(), pairs.image_N.numpy(), pairs.caption_N.numpy(), captions, probability)
     found = find_all(
         table,
         Vectors(

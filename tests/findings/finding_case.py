@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from nc_audit.findings import Vectors, find_all
 from nc_audit.schema import PAIRS, check_table
-from nc_audit.unlikely_words import unlikely_words
+from nc_audit.unlikely_words import WordMaps
 
 NUM, DIM = 400, 32
 
@@ -73,11 +73,12 @@ class Case:
         rows = np.flatnonzero(is_ok)
         both = np.stack([self.row_image[rows], self.row_caption[rows]], 1)
         both, first, pair_of_row = np.unique(both, axis=0, return_index=True, return_inverse=True)
-        words = unlikely_words(self.image_embedding, *both.T, captions, self.noise[rows[first]])
+        words = WordMaps(self.image_embedding, *both.T, captions, 1 - self.noise[rows[first]])
+        found = words.given
         return {
-            row: words.told(pair, captions[self.row_caption[row]])
+            row: words.told(int(found.stem_N[pair]), captions[self.row_caption[row]])
             for row, pair in zip(rows.tolist(), pair_of_row.ravel().tolist(), strict=True)
-            if words.is_named[pair] and self.noise[row] < 0.5
+            if found.is_named[pair] and self.noise[row] < 0.5
         }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from finding_case import Case, told
 
-from nc_audit.unlikely_words import FEWEST_IMAGES, FEWEST_SAID, UnlikelyWords, unlikely_words
+from nc_audit.unlikely_words import FEWEST_IMAGES, FEWEST_SAID, UnlikelyWords, WordMaps
 
 THINGS = ["lake", "airport", "stadium", "forest", "bridge", "harbor", "desert", "school"]
 NUM = 600
@@ -103,13 +103,13 @@ def test_rare_words_and_small_sets_are_left_alone():
     put(case, 7, "volcano")
     assert odd(case) == {}
     put(case, 9, "harbor")
-    assert not first_of(case, FEWEST_IMAGES - 1).ratio_P.any()
+    assert not first_of(case, FEWEST_IMAGES - 1).ratio_N.any()
 
 
 def first_of(case: Case, num: int) -> UnlikelyWords:
     captions = [caption or "" for caption in case.captions[:num]]
     both = case.row_image[:num], case.row_caption[:num]
-    return unlikely_words(case.image_embedding[:num], *both, captions, case.noise[:num])
+    return WordMaps(case.image_embedding[:num], *both, captions, 1 - case.noise[:num]).given
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
