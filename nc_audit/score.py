@@ -283,5 +283,5 @@ def _told_by(words: WordMaps, swapped: Pairs, seed: int) -> tuple[Evidence, Evid
     """What all words tell against pairs and swaps, and what the least likely one does."""
     given = words.given
     swaps = words.swaps(swapped.image_N.numpy(), swapped.caption_N.numpy(), seed)
-    total, least = (given.total_N, swaps.total_N), (given.least_N, swaps.least_N)
+    total, least = (given.total_N, swaps.total_N), (given.least, swaps.least)
     return Evidence(*map(torch.from_numpy, total)), Evidence(*map(torch.from_numpy, least))

@@ -59,7 +59,7 @@ class UnlikelyWords:
         return self.ratio_N <= LIMIT
 
     @property
-    def least_N(self) -> np.ndarray:
+    def least(self) -> np.ndarray:
         """What the least likely word alone adds to `total_N`, float32 [N]."""
         return _root(self.ratio_N)
 

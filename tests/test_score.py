@@ -19,6 +19,7 @@ from nc_audit.score import Draw, ask_neighbours, judge
 from nc_audit.train import train
 from nc_audit.train.loop import Judgement
 from nc_audit.train.self_paced import Trained, train_robustly
+from nc_audit.unlikely_words import WordMaps
 
 
 def unit_vectors(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -251,6 +252,48 @@ def test_aligned_encoders_own_cosine_helps_or_does_no_harm(blur, gain):
         score = scored(judgement, aligned)[1]["noise_score"]
         found.append(swaps_auroc(score[~noisy], score[noisy]))
     assert found[1] >= found[0] + gain
+
+
+@pytest.mark.parametrize(("kind", "gain"), [("shown", 0.01), ("small talk", -0.003), ("rare", 0.0)])
+def test_what_words_tell_helps_or_does_no_harm(trained, planted, kind, gain):
+    """Captions name what is at their true image, or anything, or nothing twice; heads see less than they could."""
+    draw_words = np.random.default_rng(0)
+    shown = planted.image_ID.numpy()[:, :12] > 5
+    names = [f"thing{letter}" for letter in "abcdefghijkl"]
+
+    def text(number: int) -> str:
+        if kind == "rare":
+            return f"caption {'x' * (number + 1)}"
+        named = shown[number // 3] if kind == "shown" else draw_words.random(12) < 0.15
+        return " ".join(name for name, is_named in zip(names, named, strict=True) if is_named)
+
+    def blurred(values: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+        return {
+            name: one
+            + 2 * judgement.given[name].std() * torch.randn(one.shape, generator=generator(seed + at))
+            if name in ("first", "loss", "distance", "final_loss")
+            else one
+            for at, (name, one) in enumerate(values.items())
+        }
+
+    judgement, noisy = trained.judgement(300), planted.is_noisy_N
+    with torch.inference_mode():
+        vectors = judgement.model.embed(planted.image_ID, planted.caption_CD)
+    draw = Draw(blurred(judgement.given, 0), blurred(judgement.swaps, 50), *vectors)
+    both = planted.pairs.image_N.numpy(), planted.pairs.caption_N.numpy()
+    captions = [text(number) for number in range(planted.pairs.num_captions)]
+    words = WordMaps(planted.image_ID.numpy(), *both, captions, draw.right.numpy())
+    found = []
+    for told in (None, words):
+        rate, columns = judge([draw], planted.pairs, SETTINGS, 0, words=told)
+        found.append(swaps_auroc(columns["noise_score"][~noisy], columns["noise_score"][noisy]))
+    assert found[1] >= found[0] + gain
+    assert rate.estimate == pytest.approx(noisy.double().mean().item(), abs=0.06)
+    struck = [
+        judge([draw], planted.pairs, SETTINGS, 0, whole_images=True, words=told)[1]["noise_score"]
+        for told in (None, words)
+    ]
+    assert torch.equal(*struck), "where noise strikes whole images, words are not asked"
 
 
 def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):

@@ -120,15 +120,75 @@ def test_images_that_all_look_alike_tell_nothing(value):
 
 
 def test_what_is_found_is_that_of_a_slow_reckoning():
-    """Every word for itself, by formulas written out: maps without the image's fold, two normal curves, one width."""
-    case, _ = seen_case(2, seed=4)
-    draw = np.random.default_rng(1)
+    case = littered(4)
+    said, ratio = slowly(case)
+    odd_rows = {
+        row
+        for row, image in enumerate(case.row_image.tolist())
+        if any(value <= -8 for value in alone(case, said, ratio, row, image, row))
+    }
+    assert odd(case).keys() == odd_rows
+    assert odd_rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_given_pairs_and_swaps_are_asked_alike(seed):
+    """All words and the least likely one, against sums written out; a swap has all but one caption beside it."""
+    case = littered(seed)
+    said, ratio = slowly(case)
+    maps = maps_of(case)
+    num = len(case.captions)
+    for row, image in enumerate(case.row_image.tolist()):
+        tolds = alone(case, said, ratio, row, image, row)
+        assert maps.given.total_N[row] == pytest.approx(weight(tolds), abs=1e-3)
+        assert maps.given.ratio_N[row] == pytest.approx(min([*tolds, 0.0]), abs=2e-3)
+    images = np.random.default_rng(seed).integers(NUM, size=num)
+    swaps = maps.swaps(images, np.arange(num), seed)
+    seen = [0, 0]
+    for row, image in enumerate(images.tolist()):
+        places = np.flatnonzero(case.row_image == image).tolist()
+        choices = [weight(alone(case, said, ratio, row, image, place)) for place in places]
+        assert min(abs(swaps.total_N[row] - one) for one in choices) < 1e-3
+        if abs(choices[0] - choices[1]) > 1e-2:
+            seen[int(abs(swaps.total_N[row] - choices[1]) < 1e-3)] += 1
+    assert min(seen) > 0, "either caption makes room"
+    assert swaps.total_N.mean() > 5 * maps.given.total_N.mean()
+    np.testing.assert_array_equal(swaps.total_N, maps.swaps(images, np.arange(num), seed).total_N)
+    assert (swaps.least <= swaps.total_N + 1e-6).all()
+    np.testing.assert_allclose(swaps.least, np.sqrt(np.minimum(-swaps.ratio_N, 12)), rtol=1e-6)
+
+
+def littered(seed: int) -> Case:
+    """Two captions to an image, forty of them with the name of another thing."""
+    case, _ = seen_case(2, seed=seed)
+    draw = np.random.default_rng(seed + 1)
     for row in draw.integers(0, 2 * NUM, 40).tolist():
         put(case, row, THINGS[draw.integers(len(THINGS))])
-    assert odd(case).keys() == slowly(case)
+    return case
 
 
-def slowly(case: Case) -> set[int]:
+def maps_of(case: Case) -> WordMaps:
+    captions = [caption or "" for caption in case.captions]
+    return WordMaps(case.image_embedding, case.row_image, case.row_caption, captions, 1 - case.noise)
+
+
+def weight(ratios: Sequence[float]) -> float:
+    return sum(min(max(-one, 0.0), 12.0) ** 0.5 for one in ratios)
+
+
+def alone(
+    case: Case, said: dict[str, np.ndarray], ratio: dict[str, np.ndarray], row: int, image: int, place: int
+) -> list[float]:
+    """Ratios at an image of the words of a row that no caption of the image says, but for one that makes room."""
+    beside = [one for one in np.flatnonzero(case.row_image == image).tolist() if one != place]
+    return [ratio[word][image] for word in ratio if said[word][row] and not said[word][beside].any()]
+
+
+def slowly(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Which rows say each word, and its log ratio at each image, by formulas written out.
+
+    Every word for itself: maps without the image's fold, two normal curves, one width.
+    """
     captions: Sequence[str | None] = case.captions
     embedding = case.image_embedding.astype(np.float64)
     centred = embedding - embedding.mean(0)
@@ -136,7 +196,8 @@ def slowly(case: Case) -> set[int]:
     along = np.c_[centred @ directions.T / (values / np.sqrt(NUM)), np.ones(NUM)]
     fold = np.random.default_rng(0).permutation(NUM) % 5
     rows_of = [np.flatnonzero(case.row_image == image).tolist() for image in range(NUM)]
-    odd_rows: set[int] = set()
+    said: dict[str, np.ndarray] = {}
+    ratio: dict[str, np.ndarray] = {}
     for word in {word for caption in captions for word in (caption or "").split() if word not in ("a", "is")}:
         says = np.array([word in (caption or "").split() for caption in captions])
         share = np.array([says[rows].mean() for rows in rows_of])
@@ -153,7 +214,6 @@ def slowly(case: Case) -> set[int]:
         positive, negative = like[share > 0], like[share == 0]
         width = (((positive - positive.mean()) ** 2).sum() + ((negative - negative.mean()) ** 2).sum()) / NUM
         middle = (positive.mean() + negative.mean()) / 2
-        ratio = (like - middle) * max(positive.mean() - negative.mean(), 0) / width
-        for image in np.flatnonzero((ratio <= -8) & (share == 0.5)):
-            odd_rows |= {row for row in rows_of[image] if says[row]}
-    return odd_rows
+        said[word] = says
+        ratio[word] = (like - middle) * max(positive.mean() - negative.mean(), 0) / width
+    return said, ratio
