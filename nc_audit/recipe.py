@@ -356,6 +356,7 @@ class ScoreSection(_Section):
     )
     references: int = Field(8000, ge=1, description="pairs that may vote")
     min_trust: float = Field(0.3, ge=0, le=1, description="pairs less likely clean than this do not vote")
+    words: bool = Field(True, description="words that an image does not look like tell against its captions")
 
 
 class TagSection(_Section):

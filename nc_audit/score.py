@@ -264,7 +264,7 @@ def _weigh(
     if "zero_shot_loss" in draw.given:
         untrained = draw.evidence("zero_shot_loss")
         evidence = evidence + untrained.times(worth(untrained, held))
-    if words is not None:
+    if words is not None and settings.words:
         total, least = _told_by(words, swapped, seed)
         weight = _WORDS * worth(fused(total, least), held)
         evidence = evidence + total.times(weight) + least.times(weight)

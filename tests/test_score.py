@@ -294,6 +294,9 @@ def test_what_words_tell_helps_or_does_no_harm(trained, planted, kind, gain):
         for told in (None, words)
     ]
     assert torch.equal(*struck), "where noise strikes whole images, words are not asked"
+    deaf = SETTINGS.model_copy(update={"words": False})
+    silent = judge([draw], planted.pairs, deaf, 0, words=words)[1]["noise_score"]
+    assert torch.equal(silent, judge([draw], planted.pairs, SETTINGS, 0)[1]["noise_score"])
 
 
 def test_a_method_without_swaps_keeps_its_own_score_and_probability(trained, planted):

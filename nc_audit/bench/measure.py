@@ -83,13 +83,7 @@ def run_recipe(
             Draw(one.given, one.swaps, *one.model.to(place).embed(corrupted.image_ID, corrupted.caption_CD))
             for one in judgement.draws
         ]
-        words = WordMaps(
-            corrupted.image_ID.numpy(),
-            corrupted.pairs.image_N.numpy(),
-            corrupted.pairs.caption_N.numpy(),
-            corrupted.folded.captions,
-            draws[0].right.numpy(),
-        )
+        words = _words(corrupted, draws[0]) if draws[0].swaps and recipe.score.words else None
         rate, columns = judge(
             draws,
             corrupted.pairs,
@@ -101,6 +95,17 @@ def run_recipe(
     seconds = time.perf_counter() - start
     return Verdict(
         rate, judgement.given | columns, judgement.model.to("cpu"), judgement.facts, trusted, seconds
+    )
+
+
+def _words(corrupted: Corrupted, draw: Draw) -> WordMaps:
+    """What words say of the pairs, learnt from them as `nc-audit score` learns it."""
+    return WordMaps(
+        corrupted.image_ID.numpy(),
+        corrupted.pairs.image_N.numpy(),
+        corrupted.pairs.caption_N.numpy(),
+        corrupted.folded.captions,
+        draw.right.numpy(),
     )
 
 
