@@ -2,7 +2,7 @@
 
 For each word a linear map of the image embeddings tells how much an image looks like those it is said of, learnt
 without the image's own fold. Where an image lies much deeper among those a word is not said of, and no other caption
-of the image vouches for it, the word is unlikely. Since the maps can be asked about any image and caption, known swaps
+of the image says it, the word is unlikely. Since the maps can be asked about any image and caption, known swaps
 can be asked as well: what words tell against a pair is evidence as any other is, and calibrated with it.
 
 Shapes: I = distinct images; C = distinct captions; P = distinct pairs; N = pairs asked about; W = words; S = entries of
@@ -40,7 +40,7 @@ _MOST_SHOWN = 40  # letters of a word
 
 @dataclass(frozen=True)
 class UnlikelyWords:
-    """What the words of pairs tell against them; words that another caption of the image vouches for do not count.
+    """What the words of pairs tell against them; words that another caption of the image says do not count.
 
     Attributes:
         ratio_N: of the word that the image looks least like, how much more it looks like those the word is said of than
@@ -86,16 +86,21 @@ class WordMaps:
         from scipy import sparse
 
         self.image_P, self.caption_P = image_P, caption_P
-        self.right_P = np.maximum(np.nan_to_num(right_P.astype(np.float64)), 1e-9)
         num_images = len(embedding_ID)
-        of_images = sparse.csr_array(
-            (self.right_P, (image_P, caption_P)), shape=(num_images, max(1, len(captions)))
-        )
+        self._stems: list[str] = []
         if num_images < FEWEST_IMAGES or not len(image_P):
-            self._stems: list[str] = []
             return
+        right_P = np.maximum(
+            np.nan_to_num(right_P.astype(np.float64)), 1e-9
+        )  # never nothing, as for every pair
         stems, says_CW = _says(captions)
-        said_IW = (of_images @ says_CW).tocsr()
+
+        def said(weight_P: np.ndarray, says_CW: sparse.csr_array) -> sparse.csr_array:
+            """Summed weights, all above 0, of the pairs of each image that say each word: [I, W] of one pattern."""
+            of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, len(captions)))
+            return _sorted(of_images @ says_CW)
+
+        said_IW = said(right_P, says_CW)
         num_said_W = np.bincount(said_IW.indices[said_IW.data > 0.5], minlength=len(stems))
         chosen = np.argsort(-num_said_W, kind="stable")[:_MOST_WORDS]
         chosen = chosen[num_said_W[chosen] >= FEWEST_SAID]
@@ -103,12 +108,12 @@ class WordMaps:
         if not len(chosen):
             return
         self._says_CW = _sorted(says_CW[:, chosen])
-        self._said_IW = _sorted(of_images @ self._says_CW)
+        self._num_saying_IW = said(np.ones(len(image_P)), self._says_CW)
         self._directions = _Directions(embedding_ID)
         self._fold_I = np.random.default_rng(0).permutation(num_images) % _FOLDS
-        total_I = np.bincount(image_P, self.right_P, num_images)
-        self._maps_FKW = self._learn(total_I)
-        self._middle_W, self._slope_W = self._curves(total_I)
+        said_IW, total_I = _sorted(said_IW[:, chosen]), np.bincount(image_P, right_P, num_images)
+        self._maps_FKW = self._learn(said_IW, total_I)
+        self._middle_W, self._slope_W = self._curves(said_IW, total_I)
 
     def told(self, stem: int, caption: str) -> str:
         """What is to be said to a person of a caption with this word."""
@@ -125,7 +130,7 @@ class WordMaps:
     def swaps(self, image_N: np.ndarray, caption_N: np.ndarray, seed: int) -> UnlikelyWords:
         """What words tell against captions put in the place of one of an image's own, drawn at random.
 
-        The caption that makes room vouches for nothing, so that a swap has as many beside it as a wrong pair has.
+        The caption that makes room is not heard, so that a swap has as many others beside it as a wrong pair has.
 
         Args:
             image_N: images, each of one pair at least, [N].
@@ -153,8 +158,8 @@ class WordMaps:
             words = self._says_CW[caption_N[asked]]
             pair_E, word_E = np.repeat(np.arange(len(asked)), np.diff(words.indptr)), words.indices
             image_E, place_E = image_N[asked][pair_E], place_N[asked][pair_E]
-            own_E = self.right_P[place_E] * _at(self._says_CW, self.caption_P[place_E], word_E)
-            counts = _at(self._said_IW, image_E, word_E) - own_E < 0.5
+            own_E = _at(self._says_CW, self.caption_P[place_E], word_E)
+            counts = _at(self._num_saying_IW, image_E, word_E) == own_E  # nobody else says it
             pair_E, word_E, image_E = pair_E[counts], word_E[counts], image_E[counts]
             ratio_E = like[image_E - part.start, word_E] - self._middle_W[word_E]
             ratio_E = np.minimum(ratio_E * self._slope_W[word_E], 0.0)
@@ -166,11 +171,11 @@ class WordMaps:
             found.stem_N[asked[pair_E[order]]] = word_E[order]
         return found
 
-    def _learn(self, total_I: np.ndarray) -> np.ndarray:
+    def _learn(self, said_IW: sparse.csr_array, total_I: np.ndarray) -> np.ndarray:
         """For each fold the map learnt from the others: ridge regression on the share of captions that say a word."""
         num, num_words = self._directions.num, len(self._stems)
         weight_I = np.minimum(total_I, 1.0)
-        share_IW = self._said_IW.copy()
+        share_IW = said_IW.copy()
         share_IW.data /= np.repeat(np.maximum(total_I, 1e-9), np.diff(share_IW.indptr))
         gram_F, cross_F = np.zeros((_FOLDS, num, num)), np.zeros((_FOLDS, num, num_words))
         for part, along in self._directions.parts():
@@ -186,23 +191,23 @@ class WordMaps:
             maps_FKW[fold] = np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold])
         return maps_FKW
 
-    def _curves(self, total_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _curves(self, said_IW: sparse.csr_array, total_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each word, where a map's values turn from unlike to like, and how fast: log ratio by unit, both [W].
 
         The values are taken as normal among the images the word is said of and among the others, with one variance.
         Images none of whose captions is likely right belong to neither.
         """
         is_known_I = total_I > 0.5
-        is_said_S, num_words = self._said_IW.data > 0.5, len(self._stems)
+        is_said_S, num_words = said_IW.data > 0.5, len(self._stems)
         total_W, square_W, with_W = np.zeros(num_words), np.zeros(num_words), np.zeros(num_words)
         for part, like in self._likeness():
             known = like[is_known_I[part]]
             total_W += known.sum(0, dtype=np.float64)
             square_W += np.square(known).sum(0, dtype=np.float64)
-            ends = self._said_IW.indptr[part.start : part.stop + 1]
+            ends = said_IW.indptr[part.start : part.stop + 1]
             here = slice(ends[0], ends[-1])
             image = np.repeat(np.arange(len(like)), np.diff(ends))[is_said_S[here]]
-            word = self._said_IW.indices[here][is_said_S[here]]
+            word = said_IW.indices[here][is_said_S[here]]
             with_W += np.bincount(word, like[image, word], num_words)
         num_with = np.maximum(self._num_said_W, 1)
         num_without = np.maximum(is_known_I.sum() - num_with, 1)
