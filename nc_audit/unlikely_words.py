@@ -40,23 +40,27 @@ _MOST_SHOWN = 40  # letters of a word
 
 @dataclass(frozen=True)
 class UnlikelyWords:
-    """What the words of pairs tell against them; words that another caption of the image says do not count.
+    """What the words of pairs tell against them, but for words that the other captions of the image vouch for.
+
+    They vouch for what they say where one of them at least is likely right: those of a wrong image agree as well.
 
     Attributes:
         ratio_N: of the word that the image looks least like, how much more it looks like those the word is said of than
             like the others, log ratio, float32 [N]; far below 0 where it hardly can be right, 0 where there is none.
         stem_N: which of the words it is, int64 [N]; -1 where there is none.
+        is_shared_N: whether another caption of the image says it too, bool [N].
         total_N: sum over the words of the root of how far below 0 each one's ratio is, down to -12, float32 [N].
     """
 
     ratio_N: np.ndarray
     stem_N: np.ndarray
+    is_shared_N: np.ndarray
     total_N: np.ndarray
 
     @property
     def is_named(self) -> np.ndarray:
         """Whether the word is so unlikely that a person should look, bool [N]."""
-        return self.ratio_N <= LIMIT
+        return (self.ratio_N <= LIMIT) & ~self.is_shared_N
 
     @property
     def least(self) -> np.ndarray:
@@ -109,11 +113,12 @@ class WordMaps:
             return
         self._says_CW = _sorted(says_CW[:, chosen])
         self._num_saying_IW = said(np.ones(len(image_P)), self._says_CW)
+        self._right_P, self._total_I = right_P, np.bincount(image_P, right_P, num_images)
         self._directions = _Directions(embedding_ID)
         self._fold_I = np.random.default_rng(0).permutation(num_images) % _FOLDS
-        said_IW, total_I = _sorted(said_IW[:, chosen]), np.bincount(image_P, right_P, num_images)
-        self._maps_FKW = self._learn(said_IW, total_I)
-        self._middle_W, self._slope_W = self._curves(said_IW, total_I)
+        said_IW = _sorted(said_IW[:, chosen])
+        self._maps_FKW = self._learn(said_IW)
+        self._middle_W, self._slope_W = self._curves(said_IW)
 
     def told(self, stem: int, caption: str) -> str:
         """What is to be said to a person of a caption with this word."""
@@ -146,8 +151,9 @@ class WordMaps:
 
     def _ask(self, image_N: np.ndarray, caption_N: np.ndarray, place_N: np.ndarray) -> UnlikelyWords:
         """Look for what tells against pairs that stand in the place of given ones, [N]."""
+        num = len(image_N)
         found = UnlikelyWords(
-            np.zeros(len(image_N), np.float32), np.full(len(image_N), -1), np.zeros(len(image_N), np.float32)
+            np.zeros(num, np.float32), np.full(num, -1), np.zeros(num, bool), np.zeros(num, np.float32)
         )
         if not self._stems:
             return found
@@ -159,8 +165,12 @@ class WordMaps:
             pair_E, word_E = np.repeat(np.arange(len(asked)), np.diff(words.indptr)), words.indices
             image_E, place_E = image_N[asked][pair_E], place_N[asked][pair_E]
             own_E = _at(self._says_CW, self.caption_P[place_E], word_E)
-            counts = _at(self._num_saying_IW, image_E, word_E) == own_E  # nobody else says it
-            pair_E, word_E, image_E = pair_E[counts], word_E[counts], image_E[counts]
+            is_shared_E = _at(self._num_saying_IW, image_E, word_E) > own_E
+            others_N = self._total_I[image_N[asked]] - self._right_P[place_N[asked]]
+            counts = ~is_shared_E | (others_N[pair_E] < 0.5)
+            pair_E, word_E, image_E, is_shared_E = (
+                one[counts] for one in (pair_E, word_E, image_E, is_shared_E)
+            )
             ratio_E = like[image_E - part.start, word_E] - self._middle_W[word_E]
             ratio_E = np.minimum(ratio_E * self._slope_W[word_E], 0.0)
             found.total_N[asked] = np.bincount(pair_E, _root(ratio_E), len(asked))
@@ -169,14 +179,15 @@ class WordMaps:
             order = order[ratio_E[order] < 0]
             found.ratio_N[asked[pair_E[order]]] = ratio_E[order]
             found.stem_N[asked[pair_E[order]]] = word_E[order]
+            found.is_shared_N[asked[pair_E[order]]] = is_shared_E[order]
         return found
 
-    def _learn(self, said_IW: sparse.csr_array, total_I: np.ndarray) -> np.ndarray:
+    def _learn(self, said_IW: sparse.csr_array) -> np.ndarray:
         """For each fold the map learnt from the others: ridge regression on the share of captions that say a word."""
         num, num_words = self._directions.num, len(self._stems)
-        weight_I = np.minimum(total_I, 1.0)
+        weight_I = np.minimum(self._total_I, 1.0)
         share_IW = said_IW.copy()
-        share_IW.data /= np.repeat(np.maximum(total_I, 1e-9), np.diff(share_IW.indptr))
+        share_IW.data /= np.repeat(np.maximum(self._total_I, 1e-9), np.diff(share_IW.indptr))
         gram_F, cross_F = np.zeros((_FOLDS, num, num)), np.zeros((_FOLDS, num, num_words))
         for part, along in self._directions.parts():
             for fold in range(_FOLDS):
@@ -191,13 +202,13 @@ class WordMaps:
             maps_FKW[fold] = np.linalg.solve(gram - gram_F[fold], cross - cross_F[fold])
         return maps_FKW
 
-    def _curves(self, said_IW: sparse.csr_array, total_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _curves(self, said_IW: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
         """Of each word, where a map's values turn from unlike to like, and how fast: log ratio by unit, both [W].
 
         The values are taken as normal among the images the word is said of and among the others, with one variance.
         Images none of whose captions is likely right belong to neither.
         """
-        is_known_I = total_I > 0.5
+        is_known_I = self._total_I > 0.5
         is_said_S, num_words = said_IW.data > 0.5, len(self._stems)
         total_W, square_W, with_W = np.zeros(num_words), np.zeros(num_words), np.zeros(num_words)
         for part, like in self._likeness():
@@ -213,7 +224,7 @@ class WordMaps:
         num_without = np.maximum(is_known_I.sum() - num_with, 1)
         mean_with, mean_without = with_W / num_with, (total_W - with_W) / num_without
         spread = square_W - num_with * mean_with**2 - num_without * mean_without**2
-        spread = np.maximum(spread, 1e-12 * len(total_I)) / is_known_I.sum()
+        spread = np.maximum(spread, 1e-12 * len(is_known_I)) / is_known_I.sum()
         return (mean_with + mean_without) / 2, np.maximum(mean_with - mean_without, 0) / spread
 
     def _likeness(self) -> Iterator[tuple[slice, np.ndarray]]:
