@@ -158,6 +158,23 @@ def test_given_pairs_and_swaps_are_asked_alike(seed):
     np.testing.assert_allclose(swaps.least, np.sqrt(np.minimum(-swaps.ratio_N, 12)), rtol=1e-6)
 
 
+def test_captions_of_an_image_vouch_for_each_other_unless_all_of_them_may_be_wrong():
+    case, _ = seen_case(3)
+    for row in range(21, 24):
+        put(case, row, "harbor")
+    believed = maps_of(case).given
+    case.noise[21:24] = 0.97
+    doubted = maps_of(case).given
+    case.noise[22:24] = 0.4
+    heard = maps_of(case).given
+    assert (believed.total_N[21:24] < 1).all()
+    assert (heard.total_N[21:24] < 1).all()
+    assert (doubted.ratio_N[21:24] < -8).all()
+    assert doubted.is_shared_N[21:24].all(), "not a word for people to look at"
+    assert not doubted.is_named[21:24].any()
+    np.testing.assert_allclose(doubted.total_N[:21], believed.total_N[:21], atol=0.5)
+
+
 def littered(seed: int) -> Case:
     """Two captions to an image, forty of them with the name of another thing."""
     case, _ = seen_case(2, seed=seed)
