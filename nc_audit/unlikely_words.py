@@ -104,7 +104,7 @@ class WordMaps:
             of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, len(captions)))
             return _sorted(of_images @ says_CW)
 
-        said_IW = said(right_P, says_CW)
+        said_IW = said(right_P.astype(np.float32), says_CW)
         num_said_W = np.bincount(said_IW.indices[said_IW.data > 0.5], minlength=len(stems))
         chosen = np.argsort(-num_said_W, kind="stable")[:_MOST_WORDS]
         chosen = chosen[num_said_W[chosen] >= FEWEST_SAID]
@@ -112,7 +112,7 @@ class WordMaps:
         if not len(chosen):
             return
         self._says_CW = _sorted(says_CW[:, chosen])
-        self._num_saying_IW = said(np.ones(len(image_P)), self._says_CW)
+        self._num_saying_IW = said(np.ones(len(image_P), np.float32), self._says_CW)
         self._right_P, self._total_I = right_P, np.bincount(image_P, right_P, num_images)
         self._directions = _Directions(embedding_ID)
         self._fold_I = np.random.default_rng(0).permutation(num_images) % _FOLDS
@@ -266,22 +266,27 @@ def _says(texts: Sequence[str]) -> tuple[list[str], sparse.csr_array]:
     from scipy import sparse
 
     number_of: dict[str, int] = {}
-    numbers, ends = array("q"), array("q", [0])
+    numbers, ends = array("i"), array("q", [0])
     for text in texts:
         # In an order that does not change from process to process, as that of a set would.
         numbers.extend([number_of.setdefault(word, len(number_of)) for word in sorted(words_of(text))])
         ends.append(len(numbers))
-    said_in = np.bincount(np.array(numbers), minlength=len(number_of)).tolist()
+    number = np.frombuffer(numbers, np.int32)
+    said_in = np.bincount(number, minlength=len(number_of)).tolist()
     content = content_words(dict(zip(number_of, said_in, strict=True)), len(texts))
     place_of: dict[str, int] = {}
     stem_of = np.array(
-        [place_of.setdefault(_stem(word), len(place_of)) if word in content else -1 for word in number_of]
+        [place_of.setdefault(_stem(word), len(place_of)) if word in content else -1 for word in number_of],
+        np.int32,
     )
-    caption = np.repeat(np.arange(len(texts)), np.diff(np.array(ends)))
-    stem = stem_of[np.array(numbers)]
+    stem = stem_of[number]
+    kept = stem >= 0
+    starts = np.concatenate([[0], np.cumsum(kept)])[np.frombuffer(ends, np.int64)]
     shape = len(texts), max(1, len(place_of))
-    places = np.unique((caption * shape[1] + stem)[stem >= 0])
-    return list(place_of), sparse.csr_array((np.ones(len(places)), np.divmod(places, shape[1])), shape=shape)
+    says = sparse.csr_array((np.ones(kept.sum(), np.float32), stem[kept], starts), shape=shape)
+    says.sum_duplicates()
+    says.data[:] = 1  # a word and its plural are one
+    return list(place_of), says
 
 
 def _stem(word: str) -> str:
