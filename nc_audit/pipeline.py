@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from nc_audit.methods.matching import Pairs
     from nc_audit.rivals import Reach
     from nc_audit.train import Trajectory
-    from nc_audit.unlikely_words import WordMaps
+    from nc_audit.unlikely_words import UnlikelyWords
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
 STAGES = ("load", "embed", "train", "score", "tag")
@@ -605,6 +605,8 @@ class _Audit:
             rate, judged = judge(
                 draws, pairs, settings, seed, whole_images=facts["whole_images"], words=words
             )
+            unlikely = words.given
+            del words  # with what it needs to be asked
             found = self._found_by_people()
             if found and rate.is_calibrated:
                 place = {pair_id: at for at, pair_id in enumerate(self.folded.pair_ids)}
@@ -640,7 +642,7 @@ class _Audit:
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
         image, caption = (one.cpu() for one in vectors)
-        findings, capped = self._findings(table, image, caption, words)
+        findings, capped = self._findings(table, image, caption, unlikely)
         told = self.reach.told(pairs.num_images, pairs.num_captions)
         if told is not None:
             self.watch.warn(told)
@@ -660,7 +662,7 @@ class _Audit:
         }
 
     def _findings(
-        self, scores: pa.Table, image: Tensor, caption: Tensor, words: WordMaps
+        self, scores: pa.Table, image: Tensor, caption: Tensor, unlikely: UnlikelyWords
     ) -> tuple[pa.Table, list[str]]:
         """The `findings` table, and which searches were capped."""
         from nc_audit.dataset import decode_image
@@ -676,7 +678,7 @@ class _Audit:
 
         at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
         probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
-        stem, is_unlikely = words.given.stem_N.tolist(), words.given.is_named.tolist()
+        is_named = unlikely.is_named.tolist()
         cut = dict(zip(self.embeddings.caption_ids, self.embeddings.is_cut, strict=True))
         found = find_all(
             pairs,
@@ -692,9 +694,9 @@ class _Audit:
             read_hash,
             [cut[caption] for caption in folded.caption_ids],
             {
-                row: words.told(stem[pair], folded.captions[folded.pair_caption[pair]])
+                row: unlikely.told(pair, folded.captions[folded.pair_caption[pair]])
                 for row, pair in enumerate(folded.row_pair.tolist())
-                if pair >= 0 and is_unlikely[pair] and probability[row] < 0.5
+                if pair >= 0 and is_named[pair] and probability[row] < 0.5
             },
         )
         for line in found.capped:

@@ -50,12 +50,16 @@ class UnlikelyWords:
         stem_N: which of the words it is, int64 [N]; -1 where there is none.
         is_shared_N: whether another caption of the image says it too, bool [N].
         total_N: sum over the words of the root of how far below 0 each one's ratio is, down to -12, float32 [N].
+        stems: the words, without the s of a plural.
+        num_said_W: number of images that likely right captions say each of, [W].
     """
 
     ratio_N: np.ndarray
     stem_N: np.ndarray
     is_shared_N: np.ndarray
     total_N: np.ndarray
+    stems: list[str]
+    num_said_W: np.ndarray
 
     @property
     def is_named(self) -> np.ndarray:
@@ -66,6 +70,14 @@ class UnlikelyWords:
     def least(self) -> np.ndarray:
         """What the least likely word alone adds to `total_N`, float32 [N]."""
         return _root(self.ratio_N)
+
+    def told(self, pair: int, caption: str) -> str:
+        """What is to be said to a person of a pair that has such a word."""
+        stem = int(self.stem_N[pair])
+        shown = min(word for word in words_of(caption) if _stem(word) == self.stems[stem])
+        shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
+        others = int(self.num_said_W[stem]) - 1
+        return f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
 
 
 class WordMaps:
@@ -92,6 +104,7 @@ class WordMaps:
         self.image_P, self.caption_P = image_P, caption_P
         num_images = len(embedding_ID)
         self._stems: list[str] = []
+        self._num_said_W = np.zeros(0, np.int64)
         if num_images < FEWEST_IMAGES or not len(image_P):
             return
         right_P = np.maximum(
@@ -120,13 +133,6 @@ class WordMaps:
         self._maps_FKW = self._learn(said_IW)
         self._middle_W, self._slope_W = self._curves(said_IW)
 
-    def told(self, stem: int, caption: str) -> str:
-        """What is to be said to a person of a caption with this word."""
-        shown = min(word for word in words_of(caption) if _stem(word) == self._stems[stem])
-        shown = shown if len(shown) <= _MOST_SHOWN else shown[: _MOST_SHOWN - 1] + "…"
-        others = int(self._num_said_W[stem]) - 1
-        return f'unlikely word: "{shown}", said of {others:,} images that look unlike this one'
-
     @cached_property
     def given(self) -> UnlikelyWords:
         """What words tell against the pairs that the maps were learnt from, P of them."""
@@ -153,7 +159,12 @@ class WordMaps:
         """Look for what tells against pairs that stand in the place of given ones, [N]."""
         num = len(image_N)
         found = UnlikelyWords(
-            np.zeros(num, np.float32), np.full(num, -1), np.zeros(num, bool), np.zeros(num, np.float32)
+            np.zeros(num, np.float32),
+            np.full(num, -1),
+            np.zeros(num, bool),
+            np.zeros(num, np.float32),
+            self._stems,
+            self._num_said_W,
         )
         if not self._stems:
             return found

@@ -73,6 +73,7 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
         both = pairs.image_N.numpy(), pairs.caption_N.numpy()
         words = WordMaps(image.numpy(), *both, captions, draw.right.numpy())
         rate, columns = judge([draw], pairs, scoring, 0, words=words)
+        del words
         judged = time.perf_counter()
         far = reach(num_images, num_pairs, scoring, device)
         best = look_around(*vectors, pairs, far, 0)

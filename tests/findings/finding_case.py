@@ -73,10 +73,9 @@ class Case:
         rows = np.flatnonzero(is_ok)
         both = np.stack([self.row_image[rows], self.row_caption[rows]], 1)
         both, first, pair_of_row = np.unique(both, axis=0, return_index=True, return_inverse=True)
-        words = WordMaps(self.image_embedding, *both.T, captions, 1 - self.noise[rows[first]])
-        found = words.given
+        found = WordMaps(self.image_embedding, *both.T, captions, 1 - self.noise[rows[first]]).given
         return {
-            row: words.told(int(found.stem_N[pair]), captions[self.row_caption[row]])
+            row: found.told(pair, captions[self.row_caption[row]])
             for row, pair in zip(rows.tolist(), pair_of_row.ravel().tolist(), strict=True)
             if found.is_named[pair] and self.noise[row] < 0.5
         }
