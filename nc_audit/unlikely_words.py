@@ -107,13 +107,11 @@ class WordMaps:
         self._num_said_W = np.zeros(0, np.int64)
         if num_images < FEWEST_IMAGES or not len(image_P):
             return
-        right_P = np.maximum(
-            np.nan_to_num(right_P.astype(np.float64)), 1e-9
-        )  # never nothing, as for every pair
+        right_P = np.nan_to_num(right_P.astype(np.float64))
         stems, says_CW = _says(captions)
 
         def said(weight_P: np.ndarray, says_CW: sparse.csr_array) -> sparse.csr_array:
-            """Summed weights, all above 0, of the pairs of each image that say each word: [I, W] of one pattern."""
+            """Summed weights of the pairs of each image that say each word, [I, W]."""
             of_images = sparse.csr_array((weight_P, (image_P, caption_P)), shape=(num_images, len(captions)))
             return _sorted(of_images @ says_CW)
 
