@@ -101,10 +101,10 @@ class EmbeddingStore:
             dim: D.
 
         Returns:
-            Vectors [N, D] float32 (not a number where there is none), whether each id is known [N] bool, and the
+            Vectors [N, D] float16 (not a number where there is none), whether each id is known [N] bool, and the
             reasons of those that failed by id.
         """
-        vectors = room_for(len(ids), dim).numpy()
+        vectors = room_for(len(ids), dim, torch.float16).numpy()
         vectors.fill(np.nan)
         known = np.zeros(len(ids), dtype=bool)
         failures: dict[str, str] = {}
@@ -218,9 +218,9 @@ class Embeddings:
 
     Attributes:
         image_ids: of the rows of `image`.
-        image: shape [I, D] float32; not a number for an image that could not be decoded.
+        image: shape [I, D] float16; not a number for an image that could not be decoded.
         caption_ids: of the rows of `caption`.
-        caption: shape [C, D'] float32.
+        caption: shape [C, D'] float16.
         failures: why an image could not be decoded, by its id.
         is_cut: of each caption whether the encoder reads only its beginning.
         logit_scale: of aligned encoders, else None.
@@ -253,7 +253,7 @@ def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
         return vectors
     found = pc.index_in(pa.array(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
     at = torch.from_numpy(found.to_numpy(zero_copy_only=False).astype(np.int64))
-    return torch.index_select(vectors, 0, at, out=room_for(len(at), vectors.shape[1]))
+    return torch.index_select(vectors, 0, at, out=room_for(len(at), vectors.shape[1], vectors.dtype))
 
 
 def embed_all(
@@ -416,7 +416,7 @@ def embed_images(
         team: processes that each embed a share of it.
 
     Returns:
-        Vectors [N, D] float32, not a number for images that failed, and why those failed by image id.
+        Vectors [N, D] float16, not a number for images that failed, and why those failed by image id.
     """
     _, known, _ = store.read("image", encoder.digest, image_ids, encoder.dim)
     missing = np.flatnonzero(~known).tolist()
@@ -507,7 +507,7 @@ def embed_captions(
         team: processes that each embed a share of it.
 
     Returns:
-        Vectors [N, D] float32.
+        Vectors [N, D] float16.
     """
     _, known, _ = store.read("caption", encoder.digest, caption_ids, encoder.dim)
     # By their text, so that captions of a batch share their beginnings, which some encoders compute once.

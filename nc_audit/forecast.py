@@ -117,7 +117,7 @@ def forecast_score(
         "device": plan.device,
         "precision": plan.precision,
         "disk": disk | {"total": sum(disk.values())},
-        "memory": {"embeddings": 4 * sum(side.total * (side.dim or 0) for side in (images, captions))},
+        "memory": {"embeddings": 2 * sum(side.total * (side.dim or 0) for side in (images, captions))},
         "fetch": fetch,
         "notes": loaded.notes,
     }

@@ -46,9 +46,9 @@ class Model:
         image, caption = self.image_projection(image_ID), self.caption_projection(caption_CD)
         if self.heads is not None:
             return self.heads.embed(image, caption)
-        from torch.nn.functional import normalize
+        from nc_audit.methods.projections import unit_vectors
 
-        return normalize(image, dim=1), normalize(caption, dim=1)
+        return unit_vectors(image), unit_vectors(caption)
 
     def to(self, device: str) -> Model:
         """The same with heads on a device; what they make of vectors then lies there."""

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from nc_audit.run import writing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PART = 8
 """What takes more than one part in so many of the memory goes into a file."""
 
 
-def room_for(num: int, dim: int) -> Tensor:
-    """An uninitialised tensor of `num` vectors on the processor, shape [num, dim], float32.
+def room_for(num: int, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of `num` vectors on the processor, shape [num, dim], float32 where no other is asked for.
 
     A large one lies in a nameless file of the folder for temporary files (`TMPDIR`), which the operating system reads
     and writes as memory allows, and which ends with the tensor or the process.
@@ -27,10 +28,11 @@ def room_for(num: int, dim: int) -> Tensor:
     """
     import torch
 
-    size = 4 * num * dim
+    dtype = dtype or torch.float32
+    size = dtype.itemsize * num * dim
     limit = memory_limit()
     if limit is None or size * PART <= limit:
-        return torch.empty(num, dim)
+        return torch.empty(num, dim, dtype=dtype)
     handle, name = tempfile.mkstemp(prefix="nc-audit-vectors-")
     try:
         # Room is claimed before anything is written: a full disk would end the process at some later write.
@@ -39,7 +41,7 @@ def room_for(num: int, dim: int) -> Tensor:
                 os.posix_fallocate(handle, 0, size)
             else:
                 os.truncate(handle, size)
-        return torch.from_file(name, shared=True, size=num * dim, dtype=torch.float32).view(num, dim)
+        return torch.from_file(name, shared=True, size=num * dim, dtype=dtype).view(num, dim)
     finally:
         os.close(handle)
         Path(name).unlink()

@@ -91,7 +91,7 @@ def test_every_image_is_embedded_once_and_read_back_as_stored(tmp_path):
     )
     expected = np.array([[i % 256, i // 256, 7] for i in range(21)], np.float32)
     beside = np.array([4] * 20 + [1], np.float32)[:, None] / 1024
-    assert vectors.dtype == np.float32
+    assert vectors.dtype == np.float16
     np.testing.assert_array_equal(vectors, (expected + beside).astype(np.float16).astype(np.float32))
     assert failures == {}
     assert seen[0] == (0, 21)

@@ -54,7 +54,7 @@ def cluster_classes(image_ID: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Class of each image by k-means, where names tell none.
 
     Args:
-        image_ID: embeddings, shape [I, D]; distances are Euclidean, as they come.
+        image_ID: embeddings, shape [I, D], of any precision; distances are Euclidean, as they come.
         num: clusters; as many as images at most are made, and one at least.
         seed: of the starting centres.
 
@@ -74,7 +74,7 @@ def cluster_classes(image_ID: np.ndarray, num: int, seed: int) -> np.ndarray:
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
             )  # fewer distinct images than clusters is no harm
-            classes[is_finite] = means.fit_predict(image_ID[is_finite])
+            classes[is_finite] = means.fit_predict(image_ID[is_finite].astype(np.float32))
     return classes
 
 

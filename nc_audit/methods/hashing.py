@@ -33,7 +33,7 @@ class HashHead(nn.Module):
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         """Soft codes, shape [B, K], -1..1."""
-        return self.layers(vectors_BD)
+        return self.layers(vectors_BD.float())
 
 
 class HashHeads(nn.Module):

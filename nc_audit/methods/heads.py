@@ -78,7 +78,7 @@ class Head(nn.Module):
         """Unit vectors, shape [B, width], float32 whatever the precision of the products.
 
         The unit vector along linear(u) + correction(u), with u the normalised inputs after dropout. The inputs are
-        frozen: no gradient goes into them.
+        frozen: no gradient goes into them. They may be kept in half precision.
         """
         return _unit_vectors(vectors_BD[None], [weights[None] for weights in _weights(self)], self)[0]
 
@@ -128,7 +128,7 @@ def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) ->
     shape, hidden = vectors_KBD.shape, weights[2].shape[2]
     with torch.autocast(device.type, enabled=False):
         return _UnitVectors.apply(
-            vectors_KBD.detach(),
+            vectors_KBD.detach().to(weights[0].dtype),
             *weights,
             kind.input_dropout.factors(shape[1:], dtype, device),  # the same entries of every head
             kind.layers[1].factors((shape[1], hidden), dtype, device),

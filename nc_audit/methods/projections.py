@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from nc_audit.room import room_for
 
@@ -23,11 +24,11 @@ class Projection:
     is_identity: bool = False
 
     def __call__(self, vectors_ND: Tensor) -> Tensor:
-        """The projected vectors, shape [N, K] (or [..., K]); the very tensor where nothing changes."""
+        """The projected vectors, shape [N, K] (or [..., K]), float32; the very tensor where nothing changes."""
         if self.is_identity:
             return vectors_ND
         num, dim = vectors_ND.shape[:-1], self.matrix.shape[1]
-        projected = room_for(num.numel(), dim).to(vectors_ND).view(*num, dim)
+        projected = room_for(num.numel(), dim).to(vectors_ND.device).view(*num, dim)
         for part, made in zip(vectors_ND.split(65_536), projected.split(65_536), strict=True):
             made.copy_((part - self.mean) @ self.matrix)
         return projected
@@ -43,6 +44,14 @@ class Projection:
     def identity(cls, num: int) -> Projection:
         """Vectors as they are."""
         return cls(torch.zeros(num), torch.eye(num), is_identity=True)
+
+
+def unit_vectors(vectors_ND: Tensor) -> Tensor:
+    """The vectors at unit length, shape [N, D], float32, made a part at a time."""
+    unit = room_for(*vectors_ND.shape)
+    for part, made in zip(vectors_ND.split(65_536), unit.split(65_536), strict=True):
+        made.copy_(normalize(part.float(), dim=1))
+    return unit
 
 
 def principal_projection(

@@ -124,6 +124,7 @@ def _trusted(inputs: Inputs) -> Tensor:
 
 def standardised(vectors: Tensor) -> Tensor:
     """Vectors by one mean and one standard deviation of all their values, as the method takes them in."""
+    vectors = vectors.float()
     return (vectors - vectors.mean()) / vectors.std().clamp_min(1e-12)
 
 

@@ -76,7 +76,7 @@ def train_confident(inputs: Inputs, settings: TrainSection, progress: Progress =
     space = plain_space(inputs, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed + 30)
     num_classes = max(2, min(chosen.clusters, len(pairs) // PAIRS_PER_CLUSTER))
-    class_C = confident.cluster(inputs.caption_head_CD, num_classes, generator)
+    class_C = confident.cluster(inputs.caption_head_CD.float(), num_classes, generator)
     class_N = class_C[pairs.caption_N]
     probability_IK = image_class_probabilities(
         inputs.image_head_ID,

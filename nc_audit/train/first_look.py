@@ -16,12 +16,11 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nc_audit.methods.known_swaps import Evidence, worth
 from nc_audit.methods.matching import Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence, Moments
-from nc_audit.methods.projections import principal_projection
+from nc_audit.methods.projections import principal_projection, unit_vectors
 from nc_audit.recipe import TrainSection
 from nc_audit.train.loop import Inputs
 
@@ -129,7 +128,7 @@ def zero_shot(inputs: Inputs, swaps: Pairs) -> Evidence | None:
     """
     if inputs.logit_scale is None:
         return None
-    image, caption = (functional.normalize(one, dim=1) for one in (inputs.image_ID, inputs.caption_CD))
+    image, caption = unit_vectors(inputs.image_ID), unit_vectors(inputs.caption_CD)
     asked = [(one.image_N, one.caption_N) for one in (inputs.pairs, swaps)]
     strays = inputs.pairs.carrier_of_captions()[swaps.caption_N]
     given, swapped = match(image, caption, inputs.logit_scale, inputs.candidates, *asked, strays=strays)

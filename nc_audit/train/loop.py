@@ -38,8 +38,8 @@ class Inputs:
     """What is known before training: frozen embeddings, the pairs, and what pairs are scored against.
 
     Attributes:
-        image_ID: image embeddings as the encoder gives them, shape [I, D].
-        caption_CD: caption embeddings, shape [C, D'].
+        image_ID: image embeddings as the store gives them, shape [I, D], in float16 or more.
+        caption_CD: caption embeddings, shape [C, D'], likewise.
         image_head_ID: what image heads take in, shape [I, K].
         caption_head_CD: what caption heads take in, shape [C, K'].
         image_projection: from `image_ID` to `image_head_ID`.

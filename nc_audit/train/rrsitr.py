@@ -56,7 +56,7 @@ class LocalHeads(nn.Module):
         return self._gram(self.image, image_BTD), self._gram(self.caption, caption_BTD)
 
     def _gram(self, head: nn.Linear, tokens_BTD: Tensor) -> Tensor:
-        return gram_vector(head(tokens_BTD), is_mean=self.is_mean)
+        return gram_vector(head(tokens_BTD.float()), is_mean=self.is_mean)
 
     @torch.no_grad()
     def all_grams(self, image_ITD: Tensor, caption_CTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ class Protocol:
         train, query, database = order.split([num // 2, num // 10, num - num // 2 - num // 10])
         wide = min(256, len(train) // 8)
         components = components or (wide, wide // 2)
-        image, caption = material.image_ID.clamp_min(0).sqrt(), material.caption_CD
+        image, caption = material.image_ID.float().clamp_min(0).sqrt(), material.caption_CD
         images = principal_projection(image[train], components[0], 0.0)(image)
         captions = principal_projection(caption[material.caption_I[train]], components[1], 0.0)(caption)
         trusted = np.zeros(len(train), bool)

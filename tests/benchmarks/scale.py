@@ -42,16 +42,17 @@ def measure(num_pairs: int, dims: int, per_image: int, noise: float, device: str
     true_image = torch.arange(num_pairs) // per_image
 
     def seen(latent_index: torch.Tensor) -> torch.Tensor:
-        """Noisy embeddings of one side, made a part at a time, so that making them is not what takes the memory."""
+        """Noisy embeddings of one side in float16, as the store gives them; made a part at a time, to spare memory."""
         mixing = torch.randn(64, dims, generator=generator)
-        made = torch.empty(len(latent_index), dims)
+        made = torch.empty(len(latent_index), dims, dtype=torch.float16)
         for at in torch.arange(len(latent_index)).split(65_536):
-            made[at] = latent[latent_index[at]] @ mixing + 4 * torch.randn(len(at), dims, generator=generator)
+            clear = latent[latent_index[at]] @ mixing
+            made[at] = (clear + 4 * torch.randn(len(at), dims, generator=generator)).half()
         return made
 
     image, caption = seen(torch.arange(num_images)), seen(true_image)
     copy = torch.randperm(num_images, generator=generator)[: num_images // 100 * 2].view(2, -1)
-    image[copy[1]] = image[copy[0]] + 2 * torch.randn(copy.shape[1], dims, generator=generator)
+    image[copy[1]] = (image[copy[0]] + 2 * torch.randn(copy.shape[1], dims, generator=generator)).half()
     moved = torch.arange(num_pairs)
     chosen = torch.randperm(num_pairs, generator=generator)[: int(noise * num_pairs)]
     moved[chosen] = chosen[torch.randperm(len(chosen), generator=generator)]

@@ -134,7 +134,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(place: Path) -> N
     )
     assert new["disk"]["total"] == pytest.approx(size, rel=0.3)
     assert known["disk"]["embeddings"] == 0
-    assert new["memory"]["embeddings"] == 4 * (161 * 512 + new["captions"]["total"] * 384)
+    assert new["memory"]["embeddings"] == 2 * (161 * 512 + new["captions"]["total"] * 384)
     assert "images: 0 to embed with patches, 161 held by the run" in said.splitlines()
     assert said.splitlines()[-1] == "nothing was written; the same command without --dry-run does it"
 

@@ -34,6 +34,21 @@ def test_capped_searches_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_half_precision_is_taken_for_what_it_stands_for() -> None:
+    case = Case()
+    case.image_embedding[10] = case.image_embedding[3] + 0.1 * case.image_embedding[4]
+    half, read = case.image_embedding.astype(np.float16), case.hashes.get
+    case.hashes[10] = case.hashes[3]
+    assert near.near_duplicates(half, read, Found()) == [(3, 10)]
+    full = half.astype(np.float32)
+    for one, other in zip(
+        near._close(near._Centred.of(half), Found()),
+        near._close(near._Centred.of(full), Found()),
+        strict=True,
+    ):
+        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize(
     ("hashed", "proposed", "dense", "fruitless"),
     [

@@ -131,6 +131,16 @@ def test_what_is_found_is_that_of_a_slow_reckoning():
     assert odd_rows
 
 
+def test_half_precision_is_taken_for_what_it_stands_for():
+    case = littered(2)
+    case.image_embedding = case.image_embedding.astype(np.float16)
+    half = maps_of(case).given
+    case.image_embedding = case.image_embedding.astype(np.float32)
+    full = maps_of(case).given
+    np.testing.assert_array_equal(half.total_N, full.total_N)
+    assert half.total_N.any()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_given_pairs_and_swaps_are_asked_alike(seed):
     """All words and the least likely one, against sums written out; a swap has all but one caption beside it."""
