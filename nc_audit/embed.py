@@ -247,6 +247,13 @@ class Embeddings:
             _picked(self.caption, self.caption_ids, caption_ids),
         )
 
+    def cut(self, caption_ids: list[str]) -> list[bool]:
+        """Of some captions whether the encoder reads only the beginning of each; empty where it reads all of all."""
+        if not any(self.is_cut):
+            return []
+        is_cut = dict(zip(self.caption_ids, self.is_cut, strict=True))
+        return [is_cut[one] for one in caption_ids]
+
 
 def _picked(vectors: Tensor, ids: list[str], wanted: list[str]) -> Tensor:
     if ids == wanted:

@@ -37,6 +37,7 @@ from nc_audit.dataset import (
 )
 from nc_audit.decisions import Decision, read_decisions
 from nc_audit.errors import AuditError, DatasetError, RecipeError, RunError
+from nc_audit.process import give_back_memory
 from nc_audit.recipe import Recipe
 from nc_audit.run import LOCK, MANIFEST, Run, digest_of, file_digest, write_parquet
 from nc_audit.schema import FINDING_KINDS, METHOD_COLUMNS, SCORES, TRAJECTORY
@@ -316,7 +317,11 @@ class _Audit:
 
         # Images that turn out to be corrupt stay in the set that encoders learn from, so that the set, and with it
         # every embedding, is the same before and after they are found.
-        wide = fold(with_corrupt(self.run.table("pairs")))
+        pairs = self.run.table("pairs")
+        is_any_corrupt = pc.any(pc.equal(pairs["status"], "corrupt_image")).as_py()
+        wide = fold(with_corrupt(pairs)) if is_any_corrupt else self.folded
+        del pairs
+        give_back_memory()
         if not wide.pair_ids:
             raise DatasetError(
                 "not one row has both an image and a caption", "nc-audit runs shows the statuses"
@@ -375,7 +380,9 @@ class _Audit:
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Image and caption embeddings of the distinct ok pairs, in the order of `folded`."""
-        return self.embeddings.of(self.folded.image_ids, self.folded.caption_ids)
+        inputs = self.embeddings.of(self.folded.image_ids, self.folded.caption_ids)
+        give_back_memory()
+        return inputs
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -482,12 +489,12 @@ class _Audit:
             self.watch.warn(f"{count} cannot be decoded: the rows are corrupt_image")
             pairs = mark_corrupt(pairs, embeddings.failures)
             self.run.write_table("pairs", pairs)
+            self.__dict__.pop("folded", None)  # without them
         num_cut = sum(embeddings.is_cut)
         if num_cut:
             self.watch.warn(
                 f"{num_cut:,} captions are longer than the encoder reads and judged on their beginning"
             )
-        self.__dict__.pop("folded", None)
         return {"pairs.parquet": len(pairs)}, {
             "encoders": {"image": self.encoder_plan.image, "text": self.encoder_plan.text},
             "plan": self.encoder_plan.facts(),
@@ -593,10 +600,12 @@ class _Audit:
                 model = Model.load(folder / "heads.safetensors").to(device)
                 evidence, swaps = (_tensors(folder / f"{table}.parquet") for table in ("evidence", "swaps"))
                 draws.append(Draw(evidence, swaps, *model.embed(*self.inputs)))
-            vectors = draws[0].image_ID, draws[0].caption_CD
-            folded = self.folded
+            vectors, folded = (draws[0].image_ID, draws[0].caption_CD), self.folded
+            image_ID, is_cut = self.inputs[0], self.embeddings.cut(folded.caption_ids)
+            # What captions were embedded to is needed no more, and takes much of the memory.
+            del self.inputs, self.embeddings
             words = WordMaps(
-                self.inputs[0].numpy(),
+                image_ID.numpy(),
                 folded.pair_image,
                 folded.pair_caption,
                 folded.captions,
@@ -642,7 +651,9 @@ class _Audit:
         }
         self.run.write_table("scores", table.replace_schema_metadata(about))
         image, caption = (one.cpu() for one in vectors)
-        findings, capped = self._findings(table, image, caption, unlikely)
+        del draws, columns, distinct
+        give_back_memory()
+        findings, capped = self._findings(table, image_ID, image, caption, is_cut, unlikely)
         told = self.reach.told(pairs.num_images, pairs.num_captions)
         if told is not None:
             self.watch.warn(told)
@@ -662,9 +673,15 @@ class _Audit:
         }
 
     def _findings(
-        self, scores: pa.Table, image: Tensor, caption: Tensor, unlikely: UnlikelyWords
+        self,
+        scores: pa.Table,
+        image_ID: Tensor,
+        image: Tensor,
+        caption: Tensor,
+        is_cut: list[bool],
+        unlikely: UnlikelyWords,
     ) -> tuple[pa.Table, list[str]]:
-        """The `findings` table, and which searches were capped."""
+        """The `findings` table, and which searches were capped, from embeddings and the vectors of the heads."""
         from nc_audit.dataset import decode_image
         from nc_audit.findings import HASH_SIZE, Vectors, dhash, find_all
 
@@ -679,20 +696,19 @@ class _Audit:
         at, is_ok = np.maximum(folded.row_pair, 0), folded.row_pair >= 0
         probability = np.asarray(scores["noise_probability"].to_numpy(zero_copy_only=False), dtype=np.float64)
         is_named = unlikely.is_named.tolist()
-        cut = dict(zip(self.embeddings.caption_ids, self.embeddings.is_cut, strict=True))
         found = find_all(
             pairs,
             Vectors(
                 np.where(is_ok, folded.pair_image[at], -1),
                 np.where(is_ok, folded.pair_caption[at], -1),
-                self.inputs[0].numpy(),
+                image_ID.numpy(),
                 image.numpy(),
                 caption.numpy(),
                 probability,
             ),
             np.asarray(scores["image_rank"].fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64),
             read_hash,
-            [cut[caption] for caption in folded.caption_ids],
+            is_cut,
             {
                 row: unlikely.told(pair, folded.captions[folded.pair_caption[pair]])
                 for row, pair in enumerate(folded.row_pair.tolist())

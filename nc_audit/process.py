@@ -30,6 +30,13 @@ def set_up() -> None:
     keep_freed_memory()
 
 
+def give_back_memory() -> None:
+    """Give back what tables of Arrow took that are gone; its allocator would keep it for the next ones."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+
+
 def keep_freed_memory() -> None:
     """Have the C library use freed memory again, where it would hand it back and ask for it anew.
 

@@ -31,7 +31,8 @@ _DECODERS = 4  # threads, at most; more than there are processors hinder each ot
 _DECODED_AT_ONCE = 32
 _HASH_BYTES = 32
 _PROPOSED = 1_000_000  # pairs of near-identical embeddings kept, at most
-_AT_ONCE = 1 << 16  # pairs compared at once
+_AT_ONCE = 1 << 16  # images or pairs of them at once, or fewer, so that their vectors hold at most so many
+_NUMBERS = 1 << 24  # numbers
 _TILE = (512, 4_096)  # images compared with images at once
 _DENSE = 0.01  # share of a tile's pairs close after projection, above which their cosines are not computed one by one
 _PROJECTED = 32
@@ -178,22 +179,28 @@ class _Centred:
         import torch
 
         num, dims = embedding_ID.shape
-        parts = range(0, num, _AT_ONCE)
-        mean = sum(embedding_ID[at : at + _AT_ONCE].sum(0, dtype=np.float64) for at in parts) / num
+        at_once = _at_once(dims)
+        parts = range(0, num, at_once)
+        mean = sum(embedding_ID[at : at + at_once].sum(0, dtype=np.float64) for at in parts) / num
         draw = np.random.default_rng(0).normal(size=(dims, _PROJECTED)).astype(np.float32)
         one = cls(
             embedding_ID, mean.astype(np.float32), np.ones(num, np.float32), torch.empty(num, _PROJECTED)
         )
         for at in parts:
-            some = one.rows(slice(at, at + _AT_ONCE))
-            one.length_I[at : at + _AT_ONCE] = np.maximum(np.linalg.norm(some, axis=1), 1e-9)
+            some = one.rows(slice(at, at + at_once))
+            one.length_I[at : at + at_once] = np.maximum(np.linalg.norm(some, axis=1), 1e-9)
             small = torch.from_numpy(some @ draw)
-            one.small_IP[at : at + _AT_ONCE] = small / small.norm(dim=1, keepdim=True).clamp_min(1e-9)
+            one.small_IP[at : at + at_once] = small / small.norm(dim=1, keepdim=True).clamp_min(1e-9)
         return one
 
     def rows(self, at: np.ndarray | slice) -> np.ndarray:
         """Some of the centred embeddings, shape [len(at), D]."""
         return (self.embedding_ID[at] - self.mean_D) / self.length_I[at][:, None]
+
+
+def _at_once(dims: int) -> int:
+    """How many vectors of so many dimensions are worked on at once."""
+    return max(1, min(_AT_ONCE, _NUMBERS // dims))
 
 
 def _close(vectors: _Centred, found: Found) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -270,6 +277,7 @@ def _close_within(
                 at_row, at_column = at_row[later], at_column[later]
                 yield exact[at_row, at_column], index[at_row + start], index[at_column + begin]
                 continue
-            for some in range(0, len(left), _AT_ONCE):
-                a, b = left[some : some + _AT_ONCE], right[some : some + _AT_ONCE]
+            at_once = _at_once(vectors.embedding_ID.shape[1])
+            for some in range(0, len(left), at_once):
+                a, b = left[some : some + at_once], right[some : some + at_once]
                 yield np.einsum("nd,nd->n", vectors.rows(a), vectors.rows(b)), a, b

@@ -71,9 +71,9 @@ def principal_projection(
         result does not depend on the solver's mood.
     """
     step = max(1, math.ceil(len(vectors_ND) / sample))
-    part = vectors_ND[::step].double()
+    part = vectors_ND[::step].to(torch.float64, copy=True)
     mean = part.mean(0)
-    part = part - mean
+    part -= mean
     variances, axes = torch.linalg.eigh(part.T @ part / len(part))
     variances, axes = variances.flip(0), axes.flip(1)
     usable = int((variances > 1e-6 * variances[0]).sum())
