@@ -71,7 +71,7 @@ def principal_projection(
         result does not depend on the solver's mood.
     """
     step = max(1, math.ceil(len(vectors_ND) / sample))
-    part = vectors_ND[::step].to(torch.float64, copy=True)
+    part = vectors_ND[::step].to(torch.float64, copy=True)  # centred in place below
     mean = part.mean(0)
     part -= mean
     variances, axes = torch.linalg.eigh(part.T @ part / len(part))

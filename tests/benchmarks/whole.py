@@ -95,6 +95,8 @@ def main() -> None:
     arguments = [*sys.argv[1:], "--"]
     at = arguments.index("--")
     asked = parser.parse_args(arguments[:at])
+    if (asked.folder / "run").exists():
+        sys.exit(f"{asked.folder / 'run'} is there: what it holds would not be timed")
     if not (asked.folder / "data" / "captions.csv").exists():
         draw(asked.folder / "data", asked.pairs, asked.per_image, asked.noise)
     print(json.dumps(measure(asked.folder, arguments[at + 1 : -1])))
