@@ -248,7 +248,7 @@ class Embeddings:
         )
 
     def cut(self, caption_ids: list[str]) -> list[bool]:
-        """Of some captions whether the encoder reads only the beginning ; empty where it reads all."""
+        """Of some captions whether the encoder reads only the beginning; empty where it reads all."""
         if not any(self.is_cut):
             return []
         is_cut = dict(zip(self.caption_ids, self.is_cut, strict=True))
