@@ -41,7 +41,7 @@ class Inputs:
         image_ID: image embeddings as the store gives them, shape [I, D], in float16 or more.
         caption_CD: caption embeddings, shape [C, D'], likewise.
         image_head_ID: what image heads take in, shape [I, K].
-        caption_head_CD: what caption heads take in, shape [C, K'].
+        caption_head_CD: what caption heads take in, shape [C, K']; `caption_CD` itself where it is narrow.
         image_projection: from `image_ID` to `image_head_ID`.
         caption_projection: from `caption_CD` to `caption_head_CD`.
         pairs: the given pairs, distinct, in canonical order.
