@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,8 +24,10 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.serialization import config as loading
 
-from nc_audit.encoders.prefixes import PrefixTree, is_plain, last_hidden, prefix_trees
+from nc_audit.encoders.blocks import attended_by, feed, is_plain
+from nc_audit.encoders.prefixes import PrefixTree, last_hidden, prefix_trees
 from nc_audit.encoders.weights import (
     autocast,
     check_at_hand,
@@ -171,7 +174,13 @@ class OpenClipModel:
             is_whole = (
                 pretrained is not None and path.suffix != ".npz"
             )  # open_clip then insists on every weight
-            with warnings.catch_warnings(), _undrawn() if is_whole else nullcontext():
+            # A mapped file is read once, into the model, and not into memory first.
+            is_mapped = zipfile.is_zipfile(path)
+            with (
+                warnings.catch_warnings(),
+                _undrawn() if is_whole else nullcontext(),
+                loading.patch("load.mmap", is_mapped),  # type: ignore[attr-defined]
+            ):
                 warnings.simplefilter("ignore")  # open_clip's own, about defaults that are chosen here
                 self.model = open_clip.create_model(
                     model_name,
@@ -435,10 +444,8 @@ def _of_class_token(visual: Any, pixels: Tensor) -> Tensor:
     for block in blocks:
         hidden = block(hidden)
     normed = last.ln_1(hidden)
-    seen = last.attn(normed[:, :1], normed, normed, need_weights=False)[0]
-    own = hidden[:, :1] + last.ls_1(seen)
-    own = own + last.ls_2(last.mlp(last.ln_2(own)))
-    return _projected(visual.ln_post(own[:, 0]), visual.proj)
+    seen = attended_by(last.attn, normed[:, 0], normed, lambda of_tokens: of_tokens)
+    return _projected(visual.ln_post(feed(last, hidden[:, 0], seen)), visual.proj)
 
 
 def _projected(hidden: Tensor, projection: Any) -> Tensor:

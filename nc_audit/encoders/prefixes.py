@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional
+
+from nc_audit.encoders.blocks import attended_by, feed, heads_of
 
 _MOST_PADDED = 4  # times as many positions as nodes, at most, for which a batch's attention is worked out
 
@@ -92,19 +93,6 @@ def _tree(rows: Tensor, tokens_BL: Tensor, length_B: Tensor, shared: Tensor) -> 
     return PrefixTree(rows, tokens_BL.flatten()[place_U], place_U, node_BL, end_B, length_B)
 
 
-def is_plain(transformer: Any) -> bool:
-    """Whether blocks are of open_clip's plain kind, whose parts `last_hidden` knows."""
-    return all(
-        type(block) is ResidualAttentionBlock
-        and not hasattr(block, "ln_1_kv")
-        and type(block.attn) is nn.MultiheadAttention
-        and block.attn.in_proj_weight is not None
-        and block.attn.bias_k is None
-        and not block.attn.add_zero_attn
-        for block in transformer.resblocks
-    )
-
-
 def last_hidden(tower: Any, tree: PrefixTree) -> Tensor:
     """What the blocks of a causal text tower make of the last token of each sequence, [B, D].
 
@@ -118,39 +106,22 @@ def last_hidden(tower: Any, tree: PrefixTree) -> Tensor:
     hidden = hidden + tower.positional_embedding.to(dtype)[position_U]
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
-        hidden = _feed(block, hidden, _attended(block.attn, block.ln_1(hidden), tree))
+        hidden = feed(block, hidden, _attended(block.attn, block.ln_1(hidden), tree))
     seen = _attended_at_end(last.attn, last.ln_1(hidden), tree)
-    return _feed(last, hidden[tree.end_B], seen)
-
-
-def _feed(block: Any, hidden: Tensor, seen: Tensor) -> Tensor:
-    """A block after its attention, token by token."""
-    hidden = hidden + block.ls_1(block.attn.out_proj(seen))
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+    return feed(last, hidden[tree.end_B], seen)
 
 
 def _attended(attention: nn.MultiheadAttention, normed_UD: Tensor, tree: PrefixTree) -> Tensor:
     """Causal attention of every node to those before it, heads side by side, [U, D]."""
     of_nodes = functional.linear(normed_UD, attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = (_heads(part, attention) for part in of_nodes[tree.node_BL].chunk(3, -1))
+    query, key, value = (heads_of(part, attention) for part in of_nodes[tree.node_BL].chunk(3, -1))
     seen_BHLd = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     return seen_BHLd.transpose(1, 2).flatten(2).flatten(0, 1)[tree.place_U]
 
 
 def _attended_at_end(attention: nn.MultiheadAttention, normed_UD: Tensor, tree: PrefixTree) -> Tensor:
     """Attention of the last token of each sequence to all of it, heads side by side, [B, D]."""
-    width, bias = normed_UD.shape[1], attention.in_proj_bias
-    weight = attention.in_proj_weight
-    of_ends = functional.linear(normed_UD[tree.end_B], weight[:width], bias[:width])
-    of_nodes = functional.linear(normed_UD, weight[width:], bias[width:])
-    key, value = (_heads(part, attention) for part in of_nodes[tree.node_BL].chunk(2, -1))
     is_in_BL = torch.arange(tree.node_BL.shape[1], device=normed_UD.device) < tree.length_B[:, None]
-    seen_BH1d = functional.scaled_dot_product_attention(
-        _heads(of_ends[:, None], attention), key, value, attn_mask=is_in_BL[:, None, None, :]
+    return attended_by(
+        attention, normed_UD[tree.end_B], normed_UD, lambda of_nodes: of_nodes[tree.node_BL], is_in_BL
     )
-    return seen_BH1d.flatten(1)
-
-
-def _heads(part_BLD: Tensor, attention: nn.MultiheadAttention) -> Tensor:
-    """[B, L, D] as [B, H, L, D / H]."""
-    return part_BLD.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)

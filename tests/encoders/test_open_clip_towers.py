@@ -116,7 +116,7 @@ def test_only_the_class_token_of_the_last_block_is_computed(weights):
         lambda _module, args, _output: seen.append(args[0].shape)
     )
     image.encode(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
-    assert seen == [(3, 1, 32)]
+    assert seen == [(3, 32)]
 
 
 TOKENIZER = open_clip.SimpleTokenizer()
