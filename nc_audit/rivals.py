@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ _CELLS_LOOKED_INTO = 12
 _MOST_OWN = 64  # matches of the index that are looked past for being the query's own
 _WEIGHED = 4  # of the others, by their true cosines
 _ASKED_AT_ONCE = 8_192
+_COUNTED_AT_ONCE = 128  # queries, so that what is counted stays in the cache
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,28 @@ def look_up(
         top, top_at = cosine.max(1)
         best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
         margin[at] = torch.where(torch.isfinite(top), top, torch.nan)[asking] - own_cosine
-        for some in torch.arange(len(at), device=device).split(256):
-            rank[at[some]] += _count_above(cosine[asking[some]], own_cosine[some])
+        for rows, some in _by_turns(asking, len(part)):
+            rank[at[some]] += _count_above(cosine[rows], own_cosine[some])
     return LookUp(rank.cpu(), best.cpu(), margin.cpu())
+
+
+def _by_turns(asking_B: Tensor, num: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Places among pairs in ascending order of their query, some at a time, and the rows of their queries.
+
+    The first pairs of all queries come first, then the second ones. Where every row is asked for, it is by a slice,
+    which copies nothing.
+
+    Args:
+        asking_B: row of each pair's query, ascending, shape [B].
+        num: rows there are.
+    """
+    place = torch.arange(len(asking_B), device=asking_B.device)
+    turn = place - torch.searchsorted(asking_B, asking_B)
+    for number in range(int(turn.max()) + 1):
+        mine = place[turn == number]
+        for start in range(0, len(mine), _COUNTED_AT_ONCE):
+            some = mine[start : start + _COUNTED_AT_ONCE]
+            yield slice(start, start + len(some)) if len(mine) == num else asking_B[some], some
 
 
 def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:

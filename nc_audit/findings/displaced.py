@@ -12,6 +12,8 @@ SHIFTS = 10
 MAX_REMATCH_PROBABILITY = 0.95
 REMATCHED = 50_000  # displaced images or captions searched, at most
 _TILE = (512, 4_096)  # images and captions compared at once
+_BAND = 64  # rows: offsets up to it share a product
+_BLOCK = 128  # rows of such a product
 
 
 def block_shifts(found: Found, vectors: Vectors, sources: Sequence[str]) -> dict[int, tuple[int, float]]:
@@ -41,10 +43,10 @@ def block_shifts(found: Found, vectors: Vectors, sources: Sequence[str]) -> dict
         steps = {*range(1, SHIFTS + 1), *(per_image * one for one in range(1, SHIFTS + 1))}
         offsets = [sign * step for step in sorted(steps) for sign in (1, -1) if step < len(rows) // 2]
         needed = 2 * np.log(1e4 * (run[-1] + 1) * max(1, len(offsets)))
-        own = cosines(vectors, image, caption)
+        own, *others = _cosines_by_offset(vectors, image, caption, [0, *offsets])
         candidates: list[tuple[float, int, int, int]] = []
-        for offset in offsets:
-            ratio = _shift_evidence(vectors, image, caption, run, own, offset)
+        for offset, other in zip(offsets, others, strict=True):
+            ratio = _shift_evidence(image, run, own, other, offset)
             if ratio is not None:
                 candidates += [
                     (-score, offset, low, high) for score, low, high in _runs(ratio, float(needed))
@@ -67,16 +69,45 @@ def block_shifts(found: Found, vectors: Vectors, sources: Sequence[str]) -> dict
     return result
 
 
+def _cosines_by_offset(
+    vectors: Vectors, image: np.ndarray, caption: np.ndarray, offsets: Sequence[int]
+) -> list[np.ndarray]:
+    """Cosines of each row's image with the caption so many rows away, for each offset; any number beyond the ends.
+
+    Small offsets share a product of a block of rows with all captions around it: more to multiply, but read once.
+    """
+    num = len(image)
+    shared = [offset for offset in offsets if abs(offset) <= _BAND]
+    reach = max(map(abs, shared), default=0)
+    columns = np.asarray(shared, dtype=np.int64) + reach
+    band = np.empty((len(shared), num), dtype=np.float32)
+    for low in range(0, num, _BLOCK):
+        high = min(num, low + _BLOCK)
+        around = caption[np.arange(low - reach, high + reach).clip(0, num - 1)]
+        product = vectors.image[image[low:high]] @ vectors.caption[around].T
+        # Row r meets the captions from column r on.
+        step, width = product.strides, 2 * reach + 1
+        diagonal = np.lib.stride_tricks.as_strided(product, (high - low, width), (sum(step), step[1]))
+        band[:, low:high] = diagonal[:, columns].T
+    of_shared = dict(zip(shared, band, strict=True))
+    at = np.arange(num)
+    return [
+        of_shared[offset]
+        if offset in of_shared
+        else cosines(vectors, image, caption[(at + offset).clip(0, num - 1)])
+        for offset in offsets
+    ]
+
+
 def _shift_evidence(
-    vectors: Vectors, image: np.ndarray, caption: np.ndarray, run: np.ndarray, own: np.ndarray, offset: int
+    image: np.ndarray, run: np.ndarray, own: np.ndarray, other: np.ndarray, offset: int
 ) -> np.ndarray | None:
     """Log likelihood ratio of each image's rows to be shifted; None where own captions hardly stand out."""
     low, high = max(0, -offset), len(image) - max(0, offset)
     at = np.arange(low, high)
-    other = cosines(vectors, image[at], caption[at + offset])
-    asks = image[at] != image[at + offset]
-    num = np.bincount(run[at[asks]], minlength=run[-1] + 1)
-    total = np.bincount(run[at[asks]], other[asks] - own[at[asks]], minlength=run[-1] + 1)
+    at = at[image[at] != image[at + offset]]
+    num = np.bincount(run[at], minlength=run[-1] + 1)
+    total = np.bincount(run[at], other[at] - own[at], minlength=run[-1] + 1)
     known = num > 0
     if known.sum() < 20:
         return None

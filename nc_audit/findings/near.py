@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -134,27 +134,48 @@ def _closest(vectors: _Centred, found: Found) -> tuple[np.ndarray, np.ndarray]:
 
     Of very many, as an encoder proposes that sees little, the closest are kept.
     """
-    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    num_kept, least, is_capped = 0, NEAR_COSINE, False
-    for alike, one, other in _close(vectors, found):
-        near = alike >= least
-        kept.append((alike[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near])))
-        num_kept += len(kept[-1][0])
-        if num_kept > 2 * _PROPOSED:
-            cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
-            least, is_capped = np.partition(cosine, -_PROPOSED)[-_PROPOSED], True
-            near = cosine >= least
-            kept, num_kept = [(cosine[near], left[near], right[near])], int(near.sum())
-    if not kept:
-        nothing = np.zeros(0, np.int64)
-        return nothing, nothing
-    if is_capped or num_kept > _PROPOSED:
+    kept = _Kept()
+    _close(vectors, kept, found)
+    cosine, left, right = kept.together()
+    if kept.is_capped or len(left) > _PROPOSED:
         found.capped.append(
             f"near-duplicate images: more than {_PROPOSED:,} pairs look alike to the encoder; the closest were compared"
         )
-    cosine, left, right = (np.concatenate(some) for some in zip(*kept, strict=True))
     order = np.lexsort((right, left, -cosine))[:_PROPOSED]
     return left[order], right[order]
+
+
+@dataclass
+class _Kept:
+    """The closest pairs so far, their cosines and both indices, in parts.
+
+    Attributes:
+        least: cosine that a pair needs to be kept; grows where there are very many.
+    """
+
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    num: int = 0
+    least: float = NEAR_COSINE
+    is_capped: bool = False
+
+    def add(self, cosine: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+        """Keep those of more pairs that are close enough."""
+        near = cosine >= self.least
+        self.parts.append(
+            (cosine[near], np.minimum(one[near], other[near]), np.maximum(one[near], other[near]))
+        )
+        self.num += int(near.sum())
+        if self.num > 2 * _PROPOSED:
+            cosine, left, right = self.together()
+            self.least, self.is_capped = float(np.partition(cosine, -_PROPOSED)[-_PROPOSED]), True
+            near = cosine >= self.least
+            self.parts, self.num = [(cosine[near], left[near], right[near])], int(near.sum())
+
+    def together(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cosines and indices of all that is kept, the smaller index first."""
+        nothing = np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        cosine, left, right = (np.concatenate(some) for some in zip(nothing, *self.parts, strict=True))
+        return cosine, left, right
 
 
 @dataclass(frozen=True)
@@ -203,24 +224,25 @@ def _at_once(dims: int) -> int:
     return max(1, min(_AT_ONCE, _NUMBERS // dims))
 
 
-def _close(vectors: _Centred, found: Found) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cosines and indices of pairs of images with near-identical embeddings, a part at a time; each pair once."""
+def _close(vectors: _Centred, kept: _Kept, found: Found) -> None:
+    """Keep the pairs of images with near-identical embeddings, each once."""
     num = len(vectors.embedding_ID)
     if num <= WHOLE_SEARCH:
-        yield from _close_within(vectors, np.arange(num))
+        for pairs in _close_within(vectors, np.arange(num), kept):
+            kept.add(*pairs)
         return
     found.capped.append(
         f"near-duplicate images: {num:,} images, each compared with those of the {CELLS} cells that it is next to"
     )
     cells, members = _cells(vectors.small_IP)
     for cell, some in enumerate(members):
-        for cosine, left, right in _close_within(vectors, some):
+        for cosine, left, right in _close_within(vectors, some, kept):
             # a pair that shares several cells counts in the first
             shared = np.where(
                 (cells[left][:, :, None] == cells[right][:, None, :]).any(2), cells[left], len(members)
             )
             first = shared.min(1) == cell
-            yield cosine[first], left[first], right[first]
+            kept.add(cosine[first], left[first], right[first])
 
 
 def _cells(small_IP: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -241,12 +263,17 @@ def _cells(small_IP: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _close_within(
-    vectors: _Centred, index: np.ndarray
+    vectors: _Centred, index: np.ndarray, kept: _Kept
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """As `_close`, of all pairs among some images; `index` ascends."""
+    """Cosines and indices of close pairs among some images, a part at a time, as close as `kept` asks by then.
+
+    Args:
+        vectors: of all images.
+        index: which images, ascending.
+        kept: its `least` is looked at for every part.
+    """
     import torch
 
-    limit = NEAR_COSINE - _SLACK
     is_all = len(index) == len(vectors.small_IP)
     small = vectors.small_IP if is_all else vectors.small_IP[torch.from_numpy(index)]
     rows_at_once, columns_at_once = _TILE
@@ -255,7 +282,7 @@ def _close_within(
         mine = small[start : start + rows_at_once]
         whole: np.ndarray | None = None
         for begin in range(start, len(index), columns_at_once):
-            theirs = small[begin : begin + columns_at_once]
+            theirs, limit = small[begin : begin + columns_at_once], kept.least - _SLACK
             # torch lays the product out anew where the tile is not whole
             cosine = (
                 torch.mm(mine, theirs.T, out=cosines)
@@ -265,18 +292,19 @@ def _close_within(
             hot = (cosine.amax(1) >= limit).nonzero()[:, 0]
             if not len(hot):
                 continue
-            at_row, at_column = (one.numpy() for one in (cosine[hot] >= limit).nonzero(as_tuple=True))
-            left, right = hot.numpy()[at_row] + start, at_column + begin
-            left, right = index[left[right > left]], index[right[right > left]]
-            if len(left) > _DENSE * len(mine) * len(theirs):
+            is_near = cosine[hot] >= limit
+            if int(is_near.count_nonzero()) > _DENSE * len(mine) * len(theirs):
                 if whole is None:
                     whole = vectors.rows(index[start : start + rows_at_once])
                 exact = whole @ vectors.rows(index[begin : begin + columns_at_once]).T
-                at_row, at_column = np.nonzero(exact >= NEAR_COSINE)
+                at_row, at_column = np.divmod(np.flatnonzero(exact >= kept.least), len(theirs))
                 later = at_column + begin > at_row + start
                 at_row, at_column = at_row[later], at_column[later]
                 yield exact[at_row, at_column], index[at_row + start], index[at_column + begin]
                 continue
+            at_row, at_column = (one.numpy() for one in is_near.nonzero(as_tuple=True))
+            left, right = hot.numpy()[at_row] + start, at_column + begin
+            left, right = index[left[right > left]], index[right[right > left]]
             at_once = _at_once(vectors.embedding_ID.shape[1])
             for some in range(0, len(left), at_once):
                 a, b = left[some : some + at_once], right[some : some + at_once]

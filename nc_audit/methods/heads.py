@@ -255,7 +255,7 @@ class Heads(nn.Module):
         return image, caption
 
 
-def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 8_192) -> Tensor:
+def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 2_048) -> Tensor:
     """What a head makes of vectors or of some of them, a part at a time and into one tensor, [N, width]."""
     num = len(vectors_ND) if at is None else len(at)
     device = head.linear.weight.device

@@ -51,9 +51,10 @@ class Case:
             [pa.array(values.get(f.name, [None] * len(self.names)), f.type) for f in PAIRS], schema=PAIRS
         )
 
-    def find(self, image_rank: np.ndarray | None = None, is_cut: Sequence[bool] = ()) -> list[dict[str, Any]]:
+    @property
+    def vectors(self) -> Vectors:
         is_ok = np.array([status == "ok" for status in self.status])
-        vectors = Vectors(
+        return Vectors(
             np.where(is_ok, self.row_image, -1),
             np.where(is_ok, self.row_caption, -1),
             self.image_embedding,
@@ -61,8 +62,11 @@ class Case:
             self.caption,
             np.where(is_ok, self.noise, np.nan),
         )
+
+    def find(self, image_rank: np.ndarray | None = None, is_cut: Sequence[bool] = ()) -> list[dict[str, Any]]:
+        is_ok = np.array([status == "ok" for status in self.status])
         rank = np.ones(len(self.names), np.int64) if image_rank is None else image_rank
-        found = find_all(self.pairs(), vectors, rank, self.hashes.get, is_cut, self.unlikely(is_ok))
+        found = find_all(self.pairs(), self.vectors, rank, self.hashes.get, is_cut, self.unlikely(is_ok))
         assert not found.capped
         return check_table("findings", found.table(self.pairs())).to_pylist()
 

@@ -8,7 +8,7 @@ from finding_case import DIM, NUM, Case, told, unit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nc_audit.findings.displaced import best_of_each_other
+from nc_audit.findings.displaced import _cosines_by_offset, best_of_each_other
 
 
 @pytest.mark.parametrize("per_image", [1, 3])
@@ -26,6 +26,19 @@ def test_a_shifted_block_is_one_finding_with_the_right_rows(per_image: int, offs
     assert next(iter(found.values())).endswith(f"fit captions {abs(offset)} rows {way}")
     partners = {one["row"]: one["partner_row"] for one in case.find() if one["kind"] == "block_shift"}
     assert all(partner == row + offset for row, partner in partners.items())
+
+
+@pytest.mark.parametrize("num", [45, 128, 300])
+def test_cosines_by_offset_are_those_of_the_rows_that_far_away(num: int) -> None:
+    case, draw = Case(), np.random.default_rng(0)
+    image, caption = draw.integers(NUM, size=num), draw.integers(NUM, size=num)
+    offsets = [0, 1, -1, 7, -20, 64, -64, 70, -90]
+    vectors = case.vectors
+    for offset, found in zip(offsets, _cosines_by_offset(vectors, image, caption, offsets), strict=True):
+        assert len(found) == num
+        for row in range(max(0, -offset), min(num, num - offset)):
+            expected = vectors.image[image[row]] @ vectors.caption[caption[row + offset]]
+            assert found[row] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.6])

@@ -41,12 +41,8 @@ def test_half_precision_is_taken_for_what_it_stands_for() -> None:
     case.hashes[10] = case.hashes[3]
     assert near.near_duplicates(half, read, Found()) == [(3, 10)]
     full = half.astype(np.float32)
-    for one, other in zip(
-        near._close(near._Centred.of(half), Found()),
-        near._close(near._Centred.of(full), Found()),
-        strict=True,
-    ):
-        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    one, other = (near._closest(near._Centred.of(some), Found()) for some in (half, full))
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
