@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,50 @@ from torch.nn import functional
 from nc_audit.room import room_for
 
 _DRAWN = 1 << 20  # random factors of a dropout, at least
+_EPS = 1e-5  # added to the variance of what is normalised
+_AT_ONCE = 2_048  # vectors: what heads make of them on the way stays in the cache
+_MOST_AHEAD = 1 << 28  # bytes of inputs that are normalised ahead
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a head takes in, shape [..., D]; normalised already, and in the precision of its products, or not."""
+
+    vectors: Tensor
+    is_normed: bool = False
+
+    @classmethod
+    def ahead(cls, vectors_ND: Tensor, dtype: torch.dtype) -> HeadInputs:
+        """Inputs that are met many times, normalised once; as they are where that would take much memory.
+
+        Heads give the same bits either way.
+
+        Args:
+            vectors_ND: as they are given, in half precision or more.
+            dtype: what heads multiply in.
+        """
+        if vectors_ND.numel() * dtype.itemsize > _MOST_AHEAD:
+            return cls(vectors_ND)
+        normed = torch.empty_like(vectors_ND, dtype=dtype)
+        for part, made in zip(vectors_ND.split(_AT_ONCE), normed.split(_AT_ONCE), strict=True):
+            made.copy_(_normed(part))
+        return cls(normed, is_normed=True)
+
+    def __getitem__(self, at: Any) -> HeadInputs:
+        return HeadInputs(self.vectors[at], self.is_normed)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def to(self, device: torch.device) -> HeadInputs:
+        """The same on a device."""
+        return HeadInputs(self.vectors.to(device), self.is_normed)
+
+
+def _normed(vectors: Tensor) -> Tensor:
+    """Of mean 0 and variance 1, float32 or more."""
+    full = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return functional.layer_norm(full, full.shape[-1:], eps=_EPS)
 
 
 class Dropout(nn.Module):
@@ -60,8 +105,6 @@ class Head(nn.Module):
         self, num_inputs: int, width: int, hidden: int, input_dropout: float, dropout: float
     ) -> None:
         super().__init__()
-        # without scale and shift: the maps that follow have both
-        self.norm = nn.LayerNorm(num_inputs, elementwise_affine=False)
         self.input_dropout = Dropout(input_dropout)
         self.linear = nn.Linear(num_inputs, width)
         self.correction = nn.Sequential(
@@ -74,13 +117,14 @@ class Head(nn.Module):
         rise, _, dropout, fall = self.correction
         return cast("tuple[nn.Linear, Dropout, nn.Linear]", (rise, dropout, fall))
 
-    def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Unit vectors, shape [B, width], float32 whatever the precision of the products.
+    def forward(self, inputs: Tensor | HeadInputs) -> Tensor:
+        """Unit vectors of inputs [B, D], shape [B, width], float32 whatever the precision of the products.
 
-        The unit vector along linear(u) + correction(u), with u the normalised inputs after dropout. The inputs are
-        frozen: no gradient goes into them. They may be kept in half precision.
+        The unit vector along linear(u) + correction(u), with u the inputs normalised (without scale and shift: the maps
+        have both) and after dropout. The inputs are frozen: no gradient goes into them. They may be kept in half
+        precision.
         """
-        return _unit_vectors(vectors_BD[None], [weights[None] for weights in _weights(self)], self)[0]
+        return _unit_vectors(_given(inputs)[None], [weights[None] for weights in _weights(self)], self)[0]
 
 
 class HeadStack(nn.Module):
@@ -104,9 +148,13 @@ class HeadStack(nn.Module):
             fall_of.weight.data, fall_of.bias.data = fall, fall_bias
         self.kind = heads[0]
 
-    def forward(self, vectors_KBD: Tensor) -> Tensor:
-        """Unit vectors by each of K heads, shape [K, B, width]."""
-        return _unit_vectors(vectors_KBD, list(self.weights), self.kind)
+    def forward(self, inputs: Tensor | HeadInputs) -> Tensor:
+        """Unit vectors of inputs [K, B, D] by each of K heads, shape [K, B, width]."""
+        return _unit_vectors(_given(inputs), list(self.weights), self.kind)
+
+
+def _given(inputs: Tensor | HeadInputs) -> HeadInputs:
+    return HeadInputs(inputs) if isinstance(inputs, Tensor) else inputs
 
 
 def _weights(head: Head) -> tuple[Tensor, ...]:
@@ -120,20 +168,19 @@ def _weights(head: Head) -> tuple[Tensor, ...]:
     )
 
 
-def _unit_vectors(vectors_KBD: Tensor, weights: Sequence[Tensor], kind: Head) -> Tensor:
-    """What heads of a kind, with these weights, make of inputs, in autocast's precision."""
-    device = vectors_KBD.device
+def _unit_vectors(given: HeadInputs, weights: Sequence[Tensor], kind: Head) -> Tensor:
+    """What heads of a kind, with these weights, make of inputs [K, B, D], in autocast's precision."""
+    device = given.vectors.device
     lowered = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lowered else weights[0].dtype
-    shape, hidden = vectors_KBD.shape, weights[2].shape[2]
+    shape, hidden = given.vectors.shape, weights[2].shape[2]
     with torch.autocast(device.type, enabled=False):
+        normed = given.vectors if given.is_normed else _normed(given.vectors.detach())
         return _UnitVectors.apply(
-            vectors_KBD.detach().to(weights[0].dtype),
+            normed.to(dtype),
             *weights,
             kind.input_dropout.factors(shape[1:], dtype, device),  # the same entries of every head
             kind.layers[1].factors((shape[1], hidden), dtype, device),
-            dtype,
-            kind.norm.eps,
         )
 
 
@@ -147,20 +194,16 @@ class _UnitVectors(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        vectors_KBD: Tensor,
+        normed_KBD: Tensor,
         both_KTD: Tensor,
         both_bias_KT: Tensor,
         fall_KWH: Tensor,
         fall_bias_KW: Tensor,
         keeps_input: Tensor | None,
         keeps_hidden: Tensor | None,
-        dtype: torch.dtype,
-        eps: float,
     ) -> Tensor:
-        width = fall_KWH.shape[1]
-        inputs = functional.layer_norm(vectors_KBD, vectors_KBD.shape[2:], eps=eps).to(dtype)
-        if keeps_input is not None:
-            inputs.mul_(keeps_input)
+        width, dtype = fall_KWH.shape[1], normed_KBD.dtype
+        inputs = normed_KBD if keeps_input is None else normed_KBD * keeps_input
         both = both_KTD.to(dtype)
         bias = both_bias_KT.clone()
         bias[:, :width] += fall_bias_KW
@@ -198,8 +241,6 @@ class _UnitVectors(torch.autograd.Function):
             of_bias[:, :width],
             None,
             None,
-            None,
-            None,
         )
 
 
@@ -231,16 +272,16 @@ class Heads(nn.Module):
     @torch.no_grad()
     def embed(
         self,
-        image_ID: Tensor,
-        caption_CD: Tensor,
+        image_in: Tensor | HeadInputs,
+        caption_in: Tensor | HeadInputs,
         image_at: Tensor | None = None,
         caption_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Unit vectors of all images and captions, or of those named, in evaluation mode.
 
         Args:
-            image_ID: what the image head takes in, shape [I, D].
-            caption_CD: what the caption head takes in, shape [C, D'].
+            image_in: what the image head takes in, shape [I, D].
+            caption_in: what the caption head takes in, shape [C, D'].
             image_at: indices of the images wanted; all when not given.
             caption_at: indices of the captions wanted, likewise.
 
@@ -249,19 +290,19 @@ class Heads(nn.Module):
         """
         was_training = self.training
         self.eval()
-        image = _in_parts(self.image, image_ID, image_at)
-        caption = _in_parts(self.caption, caption_CD, caption_at)
+        image = _in_parts(self.image, _given(image_in), image_at)
+        caption = _in_parts(self.caption, _given(caption_in), caption_at)
         self.train(was_training)
         return image, caption
 
 
-def _in_parts(head: Head, vectors_ND: Tensor, at: Tensor | None, part: int = 2_048) -> Tensor:
-    """What a head makes of vectors or of some of them, a part at a time and into one tensor, [N, width]."""
-    num = len(vectors_ND) if at is None else len(at)
+def _in_parts(head: Head, inputs: HeadInputs, at: Tensor | None) -> Tensor:
+    """What a head makes of inputs [N, D] or of some of them, a part at a time and into one tensor, [N, width]."""
+    num = len(inputs) if at is None else len(at)
     device = head.linear.weight.device
     width = head.linear.out_features
     made = room_for(num, width) if device.type == "cpu" else torch.empty(num, width, device=device)
-    for start in range(0, num, part):
-        chosen = slice(start, start + part)
-        made[chosen] = head((vectors_ND[chosen] if at is None else vectors_ND[at[chosen]]).to(device))
+    for start in range(0, num, _AT_ONCE):
+        chosen = slice(start, start + _AT_ONCE)
+        made[chosen] = head(inputs[chosen if at is None else at[chosen]].to(device))
     return made

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nc_audit.methods.contrastive import in_batch_loss, negatives_mask
-from nc_audit.methods.heads import Heads, HeadStack
+from nc_audit.methods.heads import HeadInputs, Heads, HeadStack
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import TrainSection
 from nc_audit.train.loop import Inputs, Plan, Steps, batches
@@ -45,6 +45,9 @@ class Lockstep:
     ) -> None:
         self.heads, self.inputs, self.plan = heads, inputs, plan
         self.pairs = [some.to(inputs.device) for some in pairs]
+        dtype = torch.bfloat16 if inputs.precision == "bf16" else torch.float32
+        self.image_in = HeadInputs.ahead(inputs.image_head_ID, dtype)
+        self.caption_in = HeadInputs.ahead(inputs.caption_head_CD, dtype)
         self.image = HeadStack([one.image for one in heads])
         self.caption = HeadStack([one.caption for one in heads])
         self.log_scale_K = nn.Parameter(torch.stack([one.log_scale.detach() for one in heads]))
@@ -82,8 +85,8 @@ class Lockstep:
             weight_KB = torch.stack([weight[b] for weight, b in zip(weights, at, strict=True)])
             with self._products():
                 # The scale is on the vectors: of logits there are more.
-                image_KBW = self.image(self.inputs.image_head_ID[image_KB]) * self._scale()[:, None, None]
-                caption_KBW = self.caption(self.inputs.caption_head_CD[caption_KB])
+                image_KBW = self.image(self.image_in[image_KB]) * self._scale()[:, None, None]
+                caption_KBW = self.caption(self.caption_in[caption_KB])
                 logits_KBB = image_KBW @ caption_KBW.mT
             loss_KB = in_batch_loss(logits_KBB, negatives_mask(image_KB, caption_KB))
             self.steps.take((weight_KB * loss_KB).mean(1).sum())
@@ -104,6 +107,4 @@ class Lockstep:
     ) -> tuple[Tensor, Tensor]:
         """Unit vectors of all or some images and captions by one pair of heads as it stands: [I, W], [C, W]."""
         with self._products():
-            return self.heads[number].embed(
-                self.inputs.image_head_ID, self.inputs.caption_head_CD, image_at, caption_at
-            )
+            return self.heads[number].embed(self.image_in, self.caption_in, image_at, caption_at)

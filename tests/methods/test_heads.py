@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nc_audit.methods.heads import Dropout, Head, Heads, HeadStack
+from nc_audit.methods.heads import Dropout, Head, HeadInputs, Heads, HeadStack
 
 
 def test_embeddings_are_unit_vectors_and_dropout_is_off():
@@ -57,7 +57,7 @@ def test_dropped_entries_follow_the_seed_and_get_no_gradient():
 
 def plain(head: Head, vectors: torch.Tensor, keeps_input=None, keeps_hidden=None) -> torch.Tensor:
     """The head by its formula, its gradient torch's."""
-    inputs = head.norm(vectors)
+    inputs = functional.layer_norm(vectors, vectors.shape[1:])
     inputs = inputs if keeps_input is None else inputs * keeps_input
     hidden = functional.gelu(head.correction[0](inputs))
     hidden = hidden if keeps_hidden is None else hidden * keeps_hidden
@@ -106,6 +106,24 @@ def test_stacked_heads_are_the_heads_and_train_them(lowered):
     after = torch.stack([head(some) for head, some in zip(heads, vectors, strict=True)]).detach()
     torch.testing.assert_close(stack(vectors), after)
     assert not torch.allclose(after, before, atol=0.01)
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_normalised_ahead_give_the_same_bits(kept, dtype, monkeypatch):
+    torch.manual_seed(1)
+    heads, vectors = Heads(6, 5, 4, 10), [torch.randn(50, 6).to(kept), torch.randn(70, 5).to(kept)]
+    at = [torch.randperm(50)[:20], torch.randperm(70)[:30]]
+    monkeypatch.setattr("nc_audit.methods.heads._AT_ONCE", 16)
+    ahead = [HeadInputs.ahead(side, dtype) for side in vectors]
+    assert all(side.is_normed and side.vectors.dtype == dtype for side in ahead)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for found, expected in zip(heads.embed(*ahead, *at), heads.embed(*vectors, *at), strict=True):
+            assert torch.equal(found, expected)
+    monkeypatch.setattr("nc_audit.methods.heads._MOST_AHEAD", 50 * 6 * dtype.itemsize - 1)
+    large = HeadInputs.ahead(vectors[0], dtype)
+    assert not large.is_normed
+    assert large.vectors is vectors[0]
 
 
 def test_dropout_takes_other_factors_every_time():
