@@ -135,9 +135,7 @@ def score_dataset(
         raise RunError(f"{out} is not empty and not a run", "give another --out; nothing is overwritten")
     watch = watch or Silence()
     audit = _Audit(Run(out), dataset, recipe, recipe_names, device, precision, watch, given, team)
-    if (out / LOCK).exists():
-        with audit.run.locked():
-            pass  # that another process holds it should be told before the encoders are looked for
+    audit.run.check_free()  # before the encoders are looked for
     audit.hashing  # noqa: B018  meanwhile, libraries are imported
     # What cannot be had should be told before anything is written.
     plan = audit.encoder_plan

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,16 @@ class Run:
                 os.ftruncate(file, 0)
         finally:
             os.close(file)
+
+    def check_free(self) -> None:
+        """Whether this process could write to the run: its lock, where it has one, is taken and given back.
+
+        Raises:
+            RunError: another process holds it. DiskError: there is no room for the lock.
+        """
+        if (self.path / LOCK).exists():
+            with ExitStack() as held:
+                held.enter_context(self.locked())
 
     @contextmanager
     def settled(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from nc_audit.recipe import TrainSection
 MAX_CAPTION_INPUTS = 512
 _SHORT_STEPS_UP_TO = 128  # pairs a batch
 _FEWEST_STEPS = 2.0  # times fewer
+_MANY_PAIRS = 15_000  # what the first epochs say, and weights that follow every epoch, help only fewer
 
 Progress = Callable[[str, int, int], None]
 
@@ -148,7 +149,8 @@ class Plan:
 
         The last epoch is always scored.
         """
-        stride = min(4, max(1, round(num_pairs / 50_000)))
+        least = 2 if num_pairs >= _MANY_PAIRS else 1
+        stride = min(4, max(least, round(num_pairs / 50_000)))
         return (self.epochs - epoch) % stride == 0
 
 

@@ -319,7 +319,7 @@ def test_the_pace_waits_then_grows_to_its_end():
     assert pace(losses, 9, settings.model_copy(update={"pace": "none"})).tolist() == [1.0] * 6
 
 
-@pytest.mark.parametrize(("num_pairs", "scored"), [(10_000, 12), (100_000, 6), (9_000_000, 3)])
+@pytest.mark.parametrize(("num_pairs", "scored"), [(10_000, 12), (20_000, 6), (100_000, 6), (9_000_000, 3)])
 def test_many_pairs_are_scored_less_often_but_always_at_the_end(num_pairs, scored):
     plan = Plan.of(num_pairs, TrainSection())  # type: ignore[call-arg]
     at = [epoch for epoch in range(1, plan.epochs + 1) if plan.is_scored(epoch, num_pairs)]
