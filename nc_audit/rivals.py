@@ -172,28 +172,27 @@ def look_up(
         top, top_at = cosine.max(1)
         best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
         margin[at] = torch.where(torch.isfinite(top), top, torch.nan)[asking] - own_cosine
-        for rows, some in _by_turns(asking, len(part)):
+        for rows, some in _a_few_at_once(asking, len(part)):
             rank[at[some]] += _count_above(cosine[rows], own_cosine[some])
     return LookUp(rank.cpu(), best.cpu(), margin.cpu())
 
 
-def _by_turns(asking_B: Tensor, num: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Places among pairs in ascending order of their query, some at a time, and the rows of their queries.
+def _a_few_at_once(asking_B: Tensor, num: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Rows of queries, and the places among the pairs that ask them, some at a time: first pairs first, then others.
 
-    The first pairs of all queries come first, then the second ones. Where every row is asked for, it is by a slice,
-    which copies nothing.
+    The first pairs of queries of which each has one ask by a slice, which copies no row.
 
     Args:
         asking_B: row of each pair's query, ascending, shape [B].
         num: rows there are.
     """
-    place = torch.arange(len(asking_B), device=asking_B.device)
-    turn = place - torch.searchsorted(asking_B, asking_B)
-    for number in range(int(turn.max()) + 1):
-        mine = place[turn == number]
+    is_first = torch.ones_like(asking_B, dtype=torch.bool)
+    is_first[1:] = asking_B[1:] != asking_B[:-1]
+    for mine in (is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]):
+        is_whole = len(mine) == num and bool(is_first[mine[0]])
         for start in range(0, len(mine), _COUNTED_AT_ONCE):
             some = mine[start : start + _COUNTED_AT_ONCE]
-            yield slice(start, start + len(some)) if len(mine) == num else asking_B[some], some
+            yield slice(start, start + len(some)) if is_whole else asking_B[some], some
 
 
 def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:

@@ -56,6 +56,22 @@ def test_look_up_equals_the_one_by_hand_in_any_block(indices, seed, block):
     np.testing.assert_allclose(found.margin, [margin for _, _, margin in expected], atol=1e-6)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ranks_of_more_queries_than_are_counted_at_once(missing):
+    # Each image has a first caption, some have others; one caption is that of many images.
+    image_N = torch.cat([torch.arange(missing, 300), torch.randint(300, (200,), generator=generator())])
+    caption_N = torch.cat([torch.arange(missing, 300) % 40, torch.randint(5, (200,), generator=generator())])
+    image, caption = unit_vectors(300, 4, 0), unit_vectors(40, 4, 1)
+    for query, other, asks, own in (
+        (image, caption, image_N, caption_N),
+        (caption, image, caption_N, image_N),
+    ):
+        found = look_up(query, other, asks, own, 10_000, generator())
+        pairs = list(zip(asks.tolist(), own.tolist(), strict=True))
+        expected = look_up_by_hand(query, other, pairs, range(len(other)))
+        assert found.rank.tolist() == [rank for rank, _, _ in expected]
+
+
 def test_a_bounded_search_finds_candidates_only_and_ranks_among_them():
     image, caption = unit_vectors(50, 4, 0), unit_vectors(60, 4, 1)
     image_N, caption_N = torch.arange(50), torch.arange(50)
