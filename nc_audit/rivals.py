@@ -30,7 +30,7 @@ _CELLS_LOOKED_INTO = 12
 _MOST_OWN = 64  # matches of the index that are looked past for being the query's own
 _WEIGHED = 4  # of the others, by their true cosines
 _ASKED_AT_ONCE = 8_192
-_COUNTED_AT_ONCE = 128  # queries, so that what is counted stays in the cache
+_COUNTED_AT_ONCE = 64  # queries, so that what is counted stays in the cache
 
 
 @dataclass(frozen=True)
