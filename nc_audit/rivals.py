@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nc_audit.errors import RecipeError
 from nc_audit.methods.matching import Pairs, positions
+from nc_audit.methods.rows import paired_products, rows_at
 from nc_audit.recipe import ScoreSection
 
 _MOST_COSINES = {"cpu": 5 * 10**9, "cuda": 10**12}
@@ -166,7 +167,7 @@ def look_up(
         cosine = torch.mm(part, candidates_MD.T, out=cosines[: len(part)])
         known = position[own] >= 0
         # The own match from the very product its rivals come from, so that equal vectors tie exactly.
-        own_cosine = (part[asking] * other_OD[own]).sum(1)
+        own_cosine = (rows_at(part, asking) * rows_at(other_OD, own)).sum(1)
         own_cosine[known] = cosine[asking[known], position[own[known]]]
         cosine[asking[known], position[own[known]]] = float("-inf")
         top, top_at = cosine.max(1)
@@ -198,14 +199,11 @@ def _a_few_at_once(asking_B: Tensor, num: int) -> Iterator[tuple[slice | Tensor,
 def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:
     """How many of each row's values lie above the row's bound, int32, shape [B].
 
-    Torch sums truth values one by one. Eight of them read as one integer are summed at once, up to 128 at a time, so
-    that no byte overflows: six times as fast.
+    Truth values as float32, of which sums are exact up to 16 million: torch makes and sums them several at once, which
+    it does not where they are booleans.
     """
-    num, num_values = values_BM.shape
-    is_above = values_BM.new_zeros(num, -(-num_values // 1024) * 1024, dtype=torch.bool)
-    is_above[:, :num_values] = values_BM > bound_B[:, None]
-    by_byte = is_above.view(torch.int64).view(num, -1, 128).sum(2).view(torch.uint8)
-    return by_byte.sum(1, dtype=torch.int32)
+    is_above = torch.empty_like(values_BM, dtype=torch.float32)
+    return torch.gt(values_BM, bound_B[:, None], out=is_above).sum(1).int()
 
 
 def widened(
@@ -260,12 +258,7 @@ def widened(
         cosine, first = cosine_BK.masked_fill(~is_rival, -torch.inf).max(1)
         best, known = proposed_BK.gather(1, first[:, None])[:, 0], torch.isfinite(cosine)
         best_Q[at], top_Q[at] = torch.where(known, best, -1), torch.where(known, cosine, -torch.inf)
-    own_cosine = torch.cat(
-        [
-            torch.linalg.vecdot(query_QD[q], other_OD[o])
-            for q, o in zip(query_N.split(_ASKED_AT_ONCE), other_N.split(_ASKED_AT_ONCE), strict=True)
-        ]
-    )
+    own_cosine = paired_products(query_QD, other_OD, query_N, other_N)
     margin = top_Q[query_N] - own_cosine
     is_better = (best_Q[query_N] >= 0) & ~(margin <= found.margin)
     return replace(

@@ -36,6 +36,7 @@ from nc_audit.methods.known_swaps import (
 )
 from nc_audit.methods.matching import Pairs
 from nc_audit.methods.neighbours import nearest_references, neighbour_distance
+from nc_audit.methods.rows import rows_at
 from nc_audit.recipe import ScoreSection
 
 if TYPE_CHECKING:
@@ -111,10 +112,10 @@ def ask_neighbours(
             excluded = reference.image_N[at] == image[:, None]
             if own_captions_vote:
                 excluded &= reference.caption_N[at] == caption[:, None]
-            by_image.append(ask(cosine, at, excluded, caption_CD[caption], reference_caption, trust))
+            by_image.append(ask(cosine, at, excluded, rows_at(caption_CD, caption), reference_caption, trust))
             cosine, at = near_caption[0][caption], near_caption[1][caption]
             excluded = reference.image_N[at] == image[:, None]
-            by_caption.append(ask(cosine, at, excluded, image_ID[image], reference_image, trust))
+            by_caption.append(ask(cosine, at, excluded, rows_at(image_ID, image), reference_image, trust))
         return torch.cat(by_image).cpu(), torch.cat(by_caption).cpu()
 
     given, swaps = distances(pairs), distances(planted)

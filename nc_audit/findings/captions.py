@@ -32,6 +32,10 @@ _SMALL_WORDS = {
         "Dutch": "de het een van en met is zijn in op bij naast aan voor twee veel er",
     }.items()
 }
+_LANGUAGES_OF = {
+    word: tuple(name for name, words in _SMALL_WORDS.items() if word in words)
+    for word in set().union(*_SMALL_WORDS.values())
+}
 _UNSPACED = {"CJK", "THAI", "LAO", "KHMER", "MYANMAR"}
 _ONE_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HALFWIDTH": "CJK", "FULLWIDTH": "LATIN"}
 
@@ -87,8 +91,10 @@ def language_of(caption: str) -> str | None:
         >>> language_of("zwei Flugzeuge auf dem Rollfeld"), language_of("a plane on the runway"), language_of("la casa")
         ('German', 'English', None)
     """
-    words = _words(caption)
-    hits = {name: sum(word in known for word in words) for name, known in _SMALL_WORDS.items()}
+    hits = dict.fromkeys(_SMALL_WORDS, 0)
+    for word in _words(caption):
+        for name in _LANGUAGES_OF.get(word, ()):
+            hits[name] += 1
     first, second = sorted(hits, key=lambda name: -hits[name])[:2]
     return first if hits[first] >= 2 and hits[first] > hits[second] else None
 

@@ -41,12 +41,41 @@ def negatives_mask(image_B: Tensor, caption_B: Tensor) -> Tensor:
     return differ
 
 
-def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
+def left_out(image_B: Tensor, caption_B: Tensor) -> tuple[Tensor, ...]:
+    """Where `negatives_mask` is False, as an index; a few places of many, found without a look at all of them.
+
+    Args:
+        image_B: index of each pair's image, shape [..., B].
+        caption_B: index of each pair's caption, shape [..., B].
+
+    Returns:
+        A tensor of positions for each dimension of [..., B, B]; a place may be named twice, in any order.
+
+    Example:
+        >>> [one.tolist() for one in left_out(torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5]))]
+        [[0, 1, 0, 2], [1, 0, 2, 0]]
+    """
+    shape, found = image_B.shape, []
+    batch_N = torch.arange(image_B.numel(), device=image_B.device) // shape[-1]
+    for index_B in (image_B, caption_B):
+        index_N = index_B.reshape(-1)
+        ordered_N, order_N = (index_N + batch_N * (index_N.max() + 1)).sort()
+        _, group_N, num_G = ordered_N.unique_consecutive(return_inverse=True, return_counts=True)
+        first_N, num_N = (num_G.cumsum(0) - num_G)[group_N], num_G[group_N]  # of all that are equal
+        one_P = torch.repeat_interleave(num_N)
+        other_P = torch.arange(len(one_P), device=one_P.device) + (first_N + num_N - num_N.cumsum(0))[one_P]
+        is_other = one_P != other_P
+        found.append(torch.stack([order_N[one_P[is_other]], order_N[other_P[is_other]]]))
+    one_P, other_P = torch.cat(found, 1)
+    return (*torch.unravel_index(one_P, shape), other_P % shape[-1])
+
+
+def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Contrastive loss of every pair of a batch, mean of the two directions.
 
     Args:
         logits_BB: similarity of image i and caption j times the logit scale, shape [..., B, B].
-        counts_BB: which candidates count (`negatives_mask`), shape [..., B, B].
+        counts_BB: which candidates count (`negatives_mask`), shape [..., B, B]; or where they do not (`left_out`).
 
     Returns:
         Shape [..., B], nats, 0..; chance is ln of the number of candidates that count.
@@ -64,9 +93,17 @@ def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
     if max(-low, high) <= _NO_OVERFLOW:
         return _BoundedLoss.apply(logits_BB, counts_BB)
     logits_BB = logits_BB.to(torch.promote_types(logits_BB.dtype, torch.float32))
-    masked = logits_BB.masked_fill(~counts_BB, float("-inf"))
+    masked = _filled_(logits_BB.clone(), counts_BB, float("-inf"))
     normaliser = (masked.logsumexp(-1) + masked.logsumexp(-2)) / 2
     return normaliser - logits_BB.diagonal(dim1=-2, dim2=-1)
+
+
+def _filled_(values_BB: Tensor, counts_BB: Tensor | tuple[Tensor, ...], value: float) -> Tensor:
+    """The values with those replaced, in place, that do not count."""
+    if isinstance(counts_BB, Tensor):
+        return values_BB.masked_fill_(~counts_BB, value)
+    values_BB[counts_BB] = value
+    return values_BB
 
 
 class _BoundedLoss(torch.autograd.Function):
@@ -76,9 +113,9 @@ class _BoundedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_BB: Tensor, counts_BB: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_BB: Tensor, counts_BB: Tensor | tuple[Tensor, ...]) -> Tensor:
         full = torch.promote_types(logits_BB.dtype, torch.float32)
-        grown = logits_BB.exp().masked_fill_(~counts_BB, 0.0)
+        grown = _filled_(logits_BB.exp(), counts_BB, 0.0)
         over_captions, over_images = (grown.sum(dim).to(full) for dim in (-1, -2))
         ctx.save_for_backward(grown, over_captions, over_images)
         own = logits_BB.diagonal(dim1=-2, dim2=-1).to(full)

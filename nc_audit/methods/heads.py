@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from nc_audit.methods.rows import rows_at
 from nc_audit.room import room_for
 
 _DRAWN = 1 << 20  # random factors of a dropout, at least
@@ -48,7 +49,8 @@ class HeadInputs:
         return cls(normed, is_normed=True)
 
     def __getitem__(self, at: Any) -> HeadInputs:
-        return HeadInputs(self.vectors[at], self.is_normed)
+        some = rows_at(self.vectors, at) if isinstance(at, Tensor) else self.vectors[at]
+        return HeadInputs(some, self.is_normed)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -225,13 +227,14 @@ class _UnitVectors(torch.autograd.Function):
         inputs, risen, keeps_hidden, bent, fall, unit, length = ctx.saved_tensors
         width, full = unit.shape[2], unit.dtype
         along = torch.linalg.vecdot(gradient_KBW, unit)[..., None]
-        of_mapped = inputs.new_empty(*unit.shape[:2], width + bent.shape[2])
-        of_sum, of_risen = of_mapped[..., :width], of_mapped[..., width:]
-        of_sum.copy_(torch.addcmul(gradient_KBW, unit, along, value=-1).div_(length))
+        # apart from the place it takes below, as products copy what is not in one piece
+        of_sum = torch.addcmul(gradient_KBW, unit, along, value=-1).div_(length).to(inputs.dtype)
         of_bent = of_sum @ fall
         if keeps_hidden is not None:
             of_bent.mul_(keeps_hidden)
-        torch.ops.aten.gelu_backward.grad_input(of_bent, risen, grad_input=of_risen)
+        of_mapped = inputs.new_empty(*unit.shape[:2], width + bent.shape[2])
+        of_mapped[..., :width] = of_sum
+        torch.ops.aten.gelu_backward.grad_input(of_bent, risen, grad_input=of_mapped[..., width:])
         of_bias = of_mapped.sum(1).to(full)
         return (
             None,

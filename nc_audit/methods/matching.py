@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nc_audit.methods.rows import paired_products
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -293,12 +295,7 @@ def match(
     largest_entropy = [math.log(max(2, len(m))) for m in (candidates.caption_M, candidates.image_M)]
     found = []
     for number, (image_N, caption_N) in enumerate(asked):
-        similarity = torch.cat(
-            [
-                torch.linalg.vecdot(image_ID[i], caption_CD[c])
-                for i, c in zip(image_N.split(65_536), caption_N.split(65_536), strict=True)
-            ]
-        )
+        similarity = paired_products(image_ID, caption_CD, image_N, caption_N)
         if transform is not None:
             similarity = transform(similarity)
         own = scale * similarity
@@ -306,12 +303,7 @@ def match(
         image_side = _with_own(by_caption, caption_N, own, candidates, image_N, of_captions=False)
         over_images = image_side[0]
         if strays is not None and number == len(asked) - 1:
-            astray = scale * torch.cat(
-                [
-                    torch.linalg.vecdot(image_ID[i], caption_CD[c])
-                    for i, c in zip(strays.split(65_536), caption_N.split(65_536), strict=True)
-                ]
-            )
+            astray = scale * paired_products(image_ID, caption_CD, strays, caption_N)
             counted = (candidates.position_of_image_I[strays] >= 0) & (strays != image_N)
             over_images = torch.where(counted, torch.logaddexp(over_images, astray), over_images)
         normaliser = (caption_side[0] + over_images) / 2

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nc_audit.methods.rows import rows_at
+
 
 def nearest_references(
     query_QD: Tensor, reference_RD: Tensor, num: int, block: int = 1024
@@ -68,7 +70,7 @@ def neighbour_distance(
     order = excluded_BL.byte().argsort(dim=1, stable=True)[:, :num_neighbours]
     nearest, at, excluded = (one.gather(1, order) for one in (nearest_BL, at_BL, excluded_BL))
     votes = torch.where(excluded, 0.0, torch.exp(sharpness * (nearest - 1))) * trust_R[at]
-    distance = 1 - torch.einsum("bd,bkd->bk", other_BD, reference_other_RD[at])
+    distance = 1 - torch.einsum("bd,bkd->bk", other_BD, rows_at(reference_other_RD, at))
     total = votes.sum(1)
     voted = (votes * distance).sum(1) / total.clamp_min(torch.finfo(votes.dtype).tiny)
     return torch.where(total > 0, voted, torch.ones_like(voted))

@@ -21,6 +21,7 @@ from nc_audit.methods.known_swaps import Evidence, worth
 from nc_audit.methods.matching import Pairs, match
 from nc_audit.methods.mutual_information import GaussianDependence, Moments
 from nc_audit.methods.projections import principal_projection, unit_vectors
+from nc_audit.methods.rows import rows_at
 from nc_audit.recipe import TrainSection
 from nc_audit.train.loop import Inputs
 
@@ -37,7 +38,9 @@ class View:
 
     def joint(self, pairs: Pairs, at: Tensor) -> Tensor:
         """The image's components of some pairs beside the caption's, shape [len(at), K + K']."""
-        return torch.cat([self.image_IK[pairs.image_N[at]], self.caption_CK[pairs.caption_N[at]]], 1)
+        return torch.cat(
+            [rows_at(self.image_IK, pairs.image_N[at]), rows_at(self.caption_CK, pairs.caption_N[at])], 1
+        )
 
 
 def views_of(image_ID: Tensor, caption_CD: Tensor, num_pairs: int, settings: TrainSection) -> list[View]:
@@ -113,7 +116,8 @@ def _variation_rounds(
             dependence = GaussianDependence.of_moments(others, view.image_IK.shape[1], settings.shrinkage)
             for part in at.split(65_536):
                 variation_T[part] = dependence.variation(
-                    view.image_IK[together.image_N[part]], view.caption_CK[together.caption_N[part]]
+                    rows_at(view.image_IK, together.image_N[part]),
+                    rows_at(view.caption_CK, together.caption_N[part]),
                 )
         evidence = Evidence(-variation_T[:num], -variation_T[num:])
         found = evidence.posterior(evidence.rate())

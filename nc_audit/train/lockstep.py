@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nc_audit.methods.contrastive import in_batch_loss, negatives_mask
+from nc_audit.methods.contrastive import in_batch_loss, left_out
 from nc_audit.methods.heads import HeadInputs, Heads, HeadStack
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import TrainSection
@@ -88,7 +88,7 @@ class Lockstep:
                 image_KBW = self.image(self.image_in[image_KB]) * self._scale()[:, None, None]
                 caption_KBW = self.caption(self.caption_in[caption_KB])
                 logits_KBB = image_KBW @ caption_KBW.mT
-            loss_KB = in_batch_loss(logits_KBB, negatives_mask(image_KB, caption_KB))
+            loss_KB = in_batch_loss(logits_KBB, left_out(image_KB, caption_KB))
             self.steps.take((weight_KB * loss_KB).mean(1).sum())
 
     def scale(self, number: int) -> float:

@@ -15,6 +15,7 @@ from nc_audit.methods.contrastive import (
     candidate_logsumexp,
     hardest_negative_gap,
     in_batch_loss,
+    left_out,
     negatives_mask,
     robust_triplet_loss,
 )
@@ -38,6 +39,24 @@ def test_mask_equals_the_oracle_and_is_symmetric(pairs):
     assert np.array_equal(mask.numpy(), oracles.negatives_mask(image, caption))
     assert torch.equal(mask, mask.T)
     assert mask.diagonal().all()
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), strategies.seeds)
+def test_what_is_left_out_is_where_the_mask_is_false(num_batches, num, num_distinct, seed):
+    generator = torch.Generator().manual_seed(seed)
+    image, caption = torch.randint(num_distinct, (2, num_batches, num), generator=generator)
+    for some in ((image, caption), (image[0], caption[0])):
+        mask = torch.ones(*some[0].shape, num, dtype=torch.bool)
+        mask[left_out(*some)] = False
+        assert torch.equal(mask, negatives_mask(*some))
+
+
+@given(strategies.logits(square=True), strategies.seeds)
+def test_loss_is_the_same_by_mask_and_by_places(logits, seed):
+    sides = torch.randint(len(logits), (2, len(logits)), generator=torch.Generator().manual_seed(seed))
+    for one in (logits, 1000 * logits):  # of which the exponentials overflow
+        by_mask = in_batch_loss(one, negatives_mask(*sides))
+        assert torch.equal(in_batch_loss(one, left_out(*sides)), by_mask)
 
 
 @given(strategies.logits(square=True), strategies.seeds)
