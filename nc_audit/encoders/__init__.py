@@ -66,9 +66,13 @@ class ImageEncoder(Protocol):
     """Turns images into vectors. `preprocess` runs in worker threads, `encode` in one."""
 
     spec: str
-    digest: str
     dim: int
     input_size: tuple[int, int]
+
+    @property
+    def digest(self) -> str:
+        """Of the encoder with its weights and options; embeddings are kept by it."""
+        ...
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image as a tensor [3, H, W] of fixed size, as `encode` wants it."""
@@ -84,8 +88,12 @@ class TextEncoder(Protocol):
     """Turns captions into vectors."""
 
     spec: str
-    digest: str
     dim: int
+
+    @property
+    def digest(self) -> str:
+        """Of the encoder with its weights and options; embeddings are kept by it."""
+        ...
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions to vectors [N, D], float32, on the CPU."""

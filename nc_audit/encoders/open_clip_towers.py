@@ -31,6 +31,7 @@ from nc_audit.encoders.prefixes import PrefixTree, last_hidden, prefix_trees
 from nc_audit.encoders.weights import (
     autocast,
     check_at_hand,
+    digest_ahead,
     digest_of_encoder,
     hub_file,
     lowered_,
@@ -319,7 +320,7 @@ class OpenClipImages:
         }
         facts["options"] = owner.image_options.options
         visual = {name: tensor for name, tensor in owner.tensors.items() if name.startswith("visual.")}
-        self.digest = digest_of_encoder(facts, visual)
+        self._digest = digest_ahead(facts, visual)
         self._vectors = (
             partial(_of_class_token, self.model.visual)
             if owner.needs_class_token_only
@@ -328,6 +329,11 @@ class OpenClipImages:
         self.dim = self.encode(torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)).shape[1]
         if owner.has_patches:
             self.tokens = self._tokens
+
+    @property
+    def digest(self) -> str:
+        """Of the tower, its weights as they stood when it was taken, and its preprocessing."""
+        return self._digest.result()
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image as bytes [3, H, W]."""
@@ -366,10 +372,15 @@ class OpenClipCaptions:
             "model": _shape_of(self.model),
         }
         text = {name: tensor for name, tensor in owner.tensors.items() if not name.startswith("visual.")}
-        self.digest = digest_of_encoder(facts, text)
+        self._digest = digest_ahead(facts, text)
         self.dim = self.encode(["a"]).shape[1]
         if owner.can_cut:
             self.tokens = self._tokens
+
+    @property
+    def digest(self) -> str:
+        """Of the tower, its weights as they stood when it was taken, and its context."""
+        return self._digest.result()
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> Tensor:

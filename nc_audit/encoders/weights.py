@@ -9,6 +9,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def digest_of_encoder(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         if tensor.numel():
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]
+
+
+def digest_ahead(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Future[str]:
+    """`digest_of_encoder` of the tensors as they stand, in the making by a thread of its own.
+
+    A model may be laid out anew meanwhile, its weights replaced but not written into.
+    """
+    held = {name: tensor.detach() for name, tensor in tensors.items()}
+    thread = ThreadPoolExecutor(1)
+    try:
+        return thread.submit(digest_of_encoder, facts, held)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def cached_file(repository: str, names: Sequence[str]) -> Path | None:
