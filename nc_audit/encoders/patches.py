@@ -33,6 +33,7 @@ NUM_DESCRIPTORS = 60_000  # per block, that the mixture is learnt from
 NUM_ORIENTATIONS = 8
 KMEANS_ROUNDS = 8
 EM_ROUNDS = 12
+LEAST_NATS = 45.0  # below the likeliest component's, that another's log-likelihood counts as, at most
 MIN_VARIANCE = 0.05  # of whitened components, in units of their own
 SPARE_DIMS = 64
 POWER_ROUNDS = 4
@@ -194,7 +195,9 @@ def _orientations(pixels: Tensor) -> Tensor:
     length = (dx.square() + dy.square() + 1e-12).sqrt()
     angles = torch.arange(NUM_ORIENTATIONS) * (2 * math.pi / NUM_ORIENTATIONS)
     towards = dx / length * angles.cos().view(1, -1, 1, 1) + dy / length * angles.sin().view(1, -1, 1, 1)
-    return towards.clamp_min(0).pow(9) * length
+    towards.clamp_min_(0)
+    eighth = towards.square().square_().square_()
+    return eighth.mul_(towards).mul_(length)
 
 
 def _descriptors(block: Block, pixels: Tensor) -> Tensor:
@@ -306,10 +309,15 @@ def _mixture(found: Tensor, components: int, generator: torch.Generator) -> tupl
 
 
 def _responsibilities(found: Tensor, mean: Tensor, variance: Tensor, prior: Tensor) -> Tensor:
-    """Posterior of each component for descriptors [..., D], shape [..., K]."""
+    """Posterior of each component for descriptors [..., D], shape [..., K]; e^-45 of the largest at least.
+
+    Of smaller ones many would be denormal numbers, with which products take ten times as long.
+    """
     constant = prior.log() - ((mean.square() / variance).sum(1) + variance.log().sum(1)) / 2
-    logits = found.square() @ (-0.5 / variance).T + found @ (mean / variance).T + constant
-    return logits.softmax(-1)
+    flat = found.flatten(0, -2)
+    logits = torch.addmm(constant, flat.square(), (-0.5 / variance).T).addmm_(flat, (mean / variance).T)
+    least = logits.amax(1, keepdim=True) - LEAST_NATS
+    return torch.maximum(logits, least, out=logits).softmax(1).view(*found.shape[:-1], -1)
 
 
 def _fisher(
