@@ -123,3 +123,16 @@ def test_an_image_of_any_shape_becomes_bytes():
         assert pixels.dtype == torch.uint8
         assert pixels.shape == (3, SIZE, SIZE)
         assert pixels[:, 5, 5].tolist() == [255, 0, 9]
+
+
+def test_shares_of_components_are_a_softmax_without_denormal_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = 30 * torch.randn(2, 50, 6, generator=generator)
+    mean, variance = torch.randn(5, 6, generator=generator), torch.rand(5, 6, generator=generator) + 0.1
+    prior = torch.rand(5, generator=generator)
+    shares = patches._responsibilities(found, mean, variance, prior)
+    gap = (found[:, :, None].double() - mean.double()).square() / variance.double()
+    logits = prior.double().log() - (gap + variance.double().log()).sum(3) / 2
+    assert (logits.amax(2, keepdim=True) - logits).amax() > 1000
+    torch.testing.assert_close(shares.double(), logits.softmax(2), rtol=1e-3, atol=1e-9)
+    assert shares.amin() > 0.1 * np.exp(-patches.LEAST_NATS)
