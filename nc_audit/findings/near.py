@@ -148,13 +148,14 @@ def _closest(vectors: _Centred, found: Found) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_closeness(cosine: np.ndarray, pair: np.ndarray) -> np.ndarray:
-    """Order of cosines, float32 and above 0, from the highest on; of equal ones the pair of the smaller number first.
+    """Order of cosines above 0, to seven digits, from the highest on; of equal ones the smaller pair's number first.
 
     Cosines and places in one integer each, which are sorted several times as fast as by two keys: the bits of floats
     above 0 are in their order.
     """
     by_pair = np.argsort(pair)
-    keys = (~cosine[by_pair].view(np.uint32)).astype(np.uint64) << 32 | np.arange(len(pair), dtype=np.uint64)
+    falling = ~cosine[by_pair].astype(np.float32).view(np.uint32)
+    keys = falling.astype(np.uint64) << 32 | np.arange(len(pair), dtype=np.uint64)
     return by_pair[(np.sort(keys) & 0xFFFFFFFF).astype(np.int64)]
 
 
