@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nc_audit.errors import RecipeError, TrainingError
-from nc_audit.methods.contrastive import in_batch_loss, negatives_mask
+from nc_audit.methods.contrastive import in_batch_loss, left_out, negatives_mask
 from nc_audit.methods.discriminator import (
     Discriminator,
     discriminator_loss,
@@ -419,6 +419,6 @@ def _train_plain_heads(
 def _weighted_loss(trainer: Trainer, weight_N: Tensor, at_B: Tensor) -> Tensor:
     """Mean of the batch's contrastive losses by weight, a scalar."""
     cosine_BB, image, caption = trainer.cosines(at_B)
-    loss_B = in_batch_loss(trainer.heads.scale() * cosine_BB, negatives_mask(image, caption))
+    loss_B = in_batch_loss(trainer.heads.scale() * cosine_BB, left_out(image, caption))
     weight_B = weight_N[at_B]
     return (weight_B * loss_B).sum() / weight_B.sum().clamp_min(1e-6)

@@ -18,6 +18,7 @@ from nc_audit.methods import self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.matching import Candidates, Matches, Pairs, match
 from nc_audit.methods.projections import Projection, principal_projection
+from nc_audit.methods.rows import rows_at
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
@@ -271,8 +272,8 @@ class Trainer:
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines of a batch's images against its captions, [B, B], with gradient; its image and caption indices."""
         image, caption = self.pairs.image_N[at_B], self.pairs.caption_N[at_B]
-        image_BD = self.heads.image(self.inputs.image_head_ID[image])
-        caption_BD = self.heads.caption(self.inputs.caption_head_CD[caption])
+        image_BD = self.heads.image(rows_at(self.inputs.image_head_ID, image))
+        caption_BD = self.heads.caption(rows_at(self.inputs.caption_head_CD, caption))
         return image_BD @ caption_BD.T, image, caption
 
     def run_epoch(self, objective: Callable[[Tensor], Tensor]) -> None:

@@ -112,8 +112,8 @@ def _trained_space(inputs: Inputs, settings: TrainSection, progress: Progress) -
 
         def loss(at_B: Tensor) -> Tensor:
             cosine_BB, image_B, caption_B = trainer.cosines(at_B)
-            counts_BB = contrastive.negatives_mask(image_B, caption_B)
-            return contrastive.in_batch_loss(heads.scale() * cosine_BB, counts_BB).mean()
+            others = contrastive.left_out(image_B, caption_B)
+            return contrastive.in_batch_loss(heads.scale() * cosine_BB, others).mean()
 
         for epoch in range(1, plan.epochs + 1):
             trainer.run_epoch(loss)
