@@ -213,6 +213,25 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Maker:
+    """What embeddings in a store were made by: enough to read them again without loading an encoder.
+
+    Attributes:
+        image: digest of the image encoder.
+        image_dim: D.
+        caption: digest of the text encoder.
+        caption_dim: D'.
+        logit_scale: of aligned encoders, else None.
+    """
+
+    image: str
+    image_dim: int
+    caption: str
+    caption_dim: int
+    logit_scale: float | None
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Embeddings of images and captions by id, and what was seen on the way.
 
@@ -223,9 +242,8 @@ class Embeddings:
         caption: shape [C, D'] float16.
         failures: why an image could not be decoded, by its id.
         is_cut: of each caption whether the encoder reads only its beginning.
-        logit_scale: of aligned encoders, else None.
-        image_encoder: that made `image`.
-        text_encoder: that made `caption`.
+        maker: what made them.
+        encoders: of the images and of the captions; None where they were not needed.
         work: what had to be done for them.
     """
 
@@ -235,9 +253,8 @@ class Embeddings:
     caption: Tensor
     failures: dict[str, str]
     is_cut: list[bool]
-    logit_scale: float | None
-    image_encoder: ImageEncoder
-    text_encoder: TextEncoder
+    maker: Maker
+    encoders: tuple[ImageEncoder, TextEncoder] | None
     work: Work
 
     def of(self, image_ids: list[str], caption_ids: list[str]) -> tuple[Tensor, Tensor]:
@@ -322,10 +339,46 @@ def embed_all(
         torch.from_numpy(caption),
         failures,
         text_encoder.truncated(captions),
-        encoders.logit_scale,
-        image_encoder,
-        text_encoder,
+        Maker(
+            image_encoder.digest,
+            image_encoder.dim,
+            text_encoder.digest,
+            text_encoder.dim,
+            encoders.logit_scale,
+        ),
+        (image_encoder, text_encoder),
         work,
+    )
+
+
+def recalled(
+    maker: Maker, image_ids: list[str], caption_ids: list[str], cut_ids: set[str], store: EmbeddingStore
+) -> Embeddings | None:
+    """Embeddings that a store holds, by no encoder; None where it lacks one of them.
+
+    Args:
+        maker: what made them.
+        image_ids: distinct images.
+        caption_ids: distinct captions.
+        cut_ids: the captions of which the encoder read only the beginning.
+        store: where embeddings are kept.
+    """
+    image, has_image, failures = store.read("image", maker.image, image_ids, maker.image_dim)
+    if failures or not has_image.all():
+        return None
+    caption, has_caption, _ = store.read("caption", maker.caption, caption_ids, maker.caption_dim)
+    if not has_caption.all():
+        return None
+    return Embeddings(
+        image_ids,
+        torch.from_numpy(image),
+        caption_ids,
+        torch.from_numpy(caption),
+        {},
+        [one in cut_ids for one in caption_ids],
+        maker,
+        None,
+        Work(),
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from nc_audit.unlikely_words import UnlikelyWords
 
 _BEFORE_THE_MANIFEST = {LOCK, f".{MANIFEST}.partial", "pairs.parquet", ".pairs.parquet.partial", "downloads"}
+CUT = "cut_captions.parquet"
+"""Captions of which the encoder read only the beginning."""
 STAGES = ("load", "embed", "train", "score", "tag")
 _SPENT = ("learn", "decode", "encode")
 
@@ -169,7 +171,7 @@ def help_embed(team: Team, recipe: Recipe, device: str = "auto", precision: str 
     if run is not None:
         path = Path(run)
         audit = _Audit(Run.open(path), path, recipe, (), device, precision, Silence(), None, team)
-        audit.embeddings  # noqa: B018  what it is for is what it leaves in the store
+        audit.embedded()  # what it is for is what it leaves in the store
 
 
 def _is_ours(out: Path) -> bool:
@@ -309,7 +311,27 @@ class _Audit:
 
     @cached_property
     def embeddings(self) -> Embeddings:
-        """The embeddings of all that is audited, from the store where it holds them."""
+        """The embeddings of all that is audited: read again where the stage is done, else made."""
+        return self._recalled() or self.embedded()
+
+    def _recalled(self) -> Embeddings | None:
+        """The embeddings of a run whose stage is done, by no encoder; None where it is not, or one is needed."""
+        from nc_audit.embed import EmbeddingStore, Maker, recalled
+
+        done = self.run.manifest["stages"].get("embed", {})
+        if "maker" not in done or self.recipe.train.needs_tokens:
+            return None
+        cut = self.run.path / CUT
+        cut_ids = set(pq.read_table(cut)["caption_id"].to_pylist()) if CUT in done["files"] else set()
+        store = EmbeddingStore(self.run.path / "embeddings")
+        found = recalled(
+            Maker(**done["maker"]), self.folded.image_ids, self.folded.caption_ids, cut_ids, store
+        )
+        give_back_memory()
+        return found
+
+    def embedded(self) -> Embeddings:
+        """What is audited, embedded where the store does not hold it yet."""
         from nc_audit import embed
         from nc_audit.encoders import load_encoders
 
@@ -353,14 +375,14 @@ class _Audit:
                 "give --encoder open_clip:MODEL@FILE",
             )
         from nc_audit.embed import Decoding
-        from nc_audit.encoders.open_clip_towers import OpenClipModel
+        from nc_audit.encoders.open_clip_specs import towers_of
         from nc_audit.methods.matching import Pairs
         from nc_audit.train.rrsitr import tower_objective
         from nc_audit.train.towers import RESULT, fine_tune
 
         if plan.device == "cpu":
             self.watch.warn("whole towers are tuned on the processor: hours where a GPU takes minutes")
-        towers = OpenClipModel(plan.image, plan.image_weights, plan)
+        towers = towers_of(plan.image).OpenClipModel(plan.image, plan.image_weights, plan)
         images = towers.image_encoder()
         folder = self.run.path / "model"
         fine_tune(
@@ -400,13 +422,14 @@ class _Audit:
     @property
     def tokens(self) -> dict[str, Tensor]:
         """Local embeddings of both sides, for a method that uses them and encoders that have them."""
-        if self.recipe.train.method != "rrsitr" or not self.recipe.train.rrsitr.local:
+        if not self.recipe.train.needs_tokens:
             return {}
         from nc_audit import tokens
         from nc_audit.embed import IMAGES_AT_ONCE, EmbeddingStore
 
-        found, folded = self.embeddings, self.folded
-        for encoder in (found.image_encoder, found.text_encoder):
+        assert self.embeddings.encoders is not None
+        (image_encoder, text_encoder), folded = self.embeddings.encoders, self.folded
+        for encoder in (image_encoder, text_encoder):
             if not tokens.has_tokens(encoder):
                 self.watch.warn(
                     f"{encoder.spec} has no local embeddings: rrsitr goes by its global part alone"
@@ -415,7 +438,7 @@ class _Audit:
         store = EmbeddingStore(self.run.path / "embeddings")
         return {
             "image_tokens": tokens.image_tokens(
-                found.image_encoder,
+                image_encoder,
                 folded.image_ids,
                 lambda position: self.images.read(folded.image_uris[position]),
                 store,
@@ -423,7 +446,7 @@ class _Audit:
                 progress=lambda done, total: self.watch.progress("embed patches", done, total),
             ),
             "caption_tokens": tokens.caption_tokens(
-                found.text_encoder,
+                text_encoder,
                 folded.caption_ids,
                 folded.captions,
                 store,
@@ -488,12 +511,19 @@ class _Audit:
             pairs = mark_corrupt(pairs, embeddings.failures)
             self.run.write_table("pairs", pairs)
             self.__dict__.pop("folded", None)  # without them
+        files = {"pairs.parquet": len(pairs)}
         num_cut = sum(embeddings.is_cut)
         if num_cut:
+            cut_ids = [
+                one for one, is_cut in zip(embeddings.caption_ids, embeddings.is_cut, strict=True) if is_cut
+            ]
+            write_parquet(pa.table({"caption_id": pa.array(cut_ids, pa.string())}), self.run.path / CUT)
+            files[CUT] = num_cut
             self.watch.warn(
                 f"{num_cut:,} captions are longer than the encoder reads and judged on their beginning"
             )
-        return {"pairs.parquet": len(pairs)}, {
+        return files, {
+            "maker": asdict(embeddings.maker),
             "encoders": {"image": self.encoder_plan.image, "text": self.encoder_plan.text},
             "plan": self.encoder_plan.facts(),
             "undecodable_images": len(embeddings.failures),
@@ -515,7 +545,7 @@ class _Audit:
             self.pairs,
             settings,
             self.recipe.score.candidates,
-            logit_scale=self.embeddings.logit_scale,
+            logit_scale=self.embeddings.maker.logit_scale,
             precision=self.encoder_plan.precision,
             device=settings.place(self.encoder_plan.device),
             trusted_N=self.trusted,

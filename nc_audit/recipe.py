@@ -324,6 +324,11 @@ class TrainSection(_Section):
         """Whether the method learns from pairs known to be right."""
         return self.needs_trusted or self.method == "self_paced"
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the method compares parts of images with words, which encoders give besides the embeddings."""
+        return self.method == "rrsitr" and self.rrsitr.local
+
     def place(self, device: str) -> str:
         """Where heads train and pairs are scored: on the device by the default method, on the processor by others."""
         return device if self.method == "self_paced" else "cpu"

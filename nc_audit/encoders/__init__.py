@@ -15,15 +15,10 @@ Specs: `open_clip:MODEL/PRETRAINED`, `open_clip:MODEL@FILE`, `open_clip:hf-hub:O
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from nc_audit.errors import EncoderError, nearest
 from nc_audit.hub import refusal
@@ -31,6 +26,8 @@ from nc_audit.hub import refusal
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+    from nc_audit.encoders.open_clip_towers import OpenClipModel
 
 AUTO = "open_clip:ViT-B-32/laion2b_s34b_b79k"
 AUTO_REPOSITORY = (
@@ -45,20 +42,6 @@ BUILTIN_COST = (
 IMAGE_SPECS = ("open_clip:", "timm:", "patches")
 TEXT_SPECS = ("open_clip:", "tfidf", "st:")
 PAIR_SPECS = ("auto", "builtin", "open_clip:")
-
-
-class _ForSome(NamedTuple):
-    """What only some of open_clip's models use: what tells them, and the module and class that use it."""
-
-    mark: str
-    module: str
-    tower: str
-
-
-_FOR_SOME = {
-    "transformers": _ForSome('"hf_', "hf_model", "HFTextEncoder"),
-    "timm": _ForSome('"timm_', "timm_model", "TimmModel"),
-}
 
 
 @runtime_checkable
@@ -318,41 +301,6 @@ def _automatic(notes: list[str]) -> tuple[str, str]:
     return "patches", "tfidf"
 
 
-def _open_clip_towers(spec: str) -> ModuleType:
-    """The module of open_clip's towers, imported without what only some models have a use for (`_FOR_SOME`).
-
-    open_clip imports both packages in any case, which takes longer than all the rest of it.
-    """
-    name = re.split("[/@]", spec.removeprefix("open_clip:"))[0]
-    home = importlib.util.find_spec("open_clip")
-    config = Path((home and home.origin) or "").parent / "model_configs" / f"{name}.json"
-    settings = config.read_text("utf-8") if config.is_file() else None
-    spared = [
-        package
-        for package, some in _FOR_SOME.items()
-        if package not in sys.modules and settings is not None and some.mark not in settings
-    ]
-    for package in spared:
-        sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        towers = importlib.import_module("nc_audit.encoders.open_clip_towers")
-    finally:
-        for package in spared:
-            del sys.modules[package]
-    for package in _FOR_SOME.keys() - spared:
-        _no_longer_spared(package)
-    return towers
-
-
-def _no_longer_spared(package: str) -> None:
-    """Have open_clip find a package that it was imported without, for a model before this one."""
-    some = _FOR_SOME[package]
-    wrapper = sys.modules[f"open_clip.{some.module}"]
-    if getattr(wrapper, package) is None:
-        importlib.reload(wrapper)
-        setattr(sys.modules["open_clip.model"], some.tower, getattr(wrapper, some.tower))
-
-
 def _check(spec: str, file: Path | None, side: str) -> None:
     known = IMAGE_SPECS if side == "image" else TEXT_SPECS
     if spec in ("auto", "builtin"):
@@ -362,7 +310,9 @@ def _check(spec: str, file: Path | None, side: str) -> None:
     if spec == AUTO:
         return
     if spec.startswith("open_clip:"):
-        _open_clip_towers(spec).check_spec(spec, file)
+        from nc_audit.encoders import open_clip_specs
+
+        open_clip_specs.check_spec(spec, file)
     elif spec.startswith("timm:") and side == "image":
         from nc_audit.encoders import timm_tower
 
@@ -381,9 +331,16 @@ def find_weights(plan: EncoderPlan) -> None:
     Raises:
         EncoderError: they are not in the cache, and the hub cannot be reached.
     """
+    from nc_audit.encoders import weights
+
     for spec, file in dict.fromkeys([(plan.image, plan.image_weights), (plan.text, plan.text_weights)]):
-        if spec.startswith("open_clip:"):
-            _open_clip_towers(spec).find_weights(spec, file)
+        if spec == AUTO:
+            if file is None:
+                weights.check_at_hand(AUTO_REPOSITORY, AUTO_FILES, spec)
+        elif spec.startswith("open_clip:"):
+            from nc_audit.encoders import open_clip_specs
+
+            open_clip_specs.find_weights(spec, file)
         elif spec.startswith("timm:"):
             from nc_audit.encoders import timm_tower
 
@@ -405,12 +362,12 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
     text: TextEncoder | TextLearner
     scale: float | None = None
     if plan.aligned:
-        model = _open_clip_towers(plan.image).OpenClipModel(plan.image, plan.image_weights, plan)
+        model = _open_clip(plan.image, plan.image_weights, plan)
         encoders = Encoders(model.image_encoder(), model.text_encoder(), model.logit_scale)
         model.settle()
         return encoders
     if plan.image.startswith("open_clip:"):
-        model = _open_clip_towers(plan.image).OpenClipModel(plan.image, plan.image_weights, plan)
+        model = _open_clip(plan.image, plan.image_weights, plan)
         image = model.image_encoder()
         model.settle()
     elif plan.image.startswith("timm:"):
@@ -422,7 +379,7 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
 
         image = Patches(plan.seed)
     if plan.text.startswith("open_clip:"):
-        model = _open_clip_towers(plan.text).OpenClipModel(plan.text, plan.text_weights, plan)
+        model = _open_clip(plan.text, plan.text_weights, plan)
         text = model.text_encoder()
         model.settle()
     elif plan.text.startswith("st:"):
@@ -434,3 +391,9 @@ def load_encoders(plan: EncoderPlan) -> Encoders:
 
         text = Tfidf(plan.seed)
     return Encoders(image, text, scale)
+
+
+def _open_clip(spec: str, file: Path | None, plan: EncoderPlan) -> OpenClipModel:
+    from nc_audit.encoders.open_clip_specs import towers_of
+
+    return towers_of(spec).OpenClipModel(spec, file, plan)

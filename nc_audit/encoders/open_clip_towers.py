@@ -27,10 +27,10 @@ from torch.nn import functional
 from torch.utils.serialization import config as loading
 
 from nc_audit.encoders.blocks import attended_by, feed, is_plain
+from nc_audit.encoders.open_clip_specs import HUB_CONFIG, HUB_NAMES, hub_home, parse
 from nc_audit.encoders.prefixes import PrefixTree, last_hidden, prefix_trees
 from nc_audit.encoders.weights import (
     autocast,
-    check_at_hand,
     digest_ahead,
     digest_of_encoder,
     hub_file,
@@ -39,90 +39,12 @@ from nc_audit.encoders.weights import (
     pixel_steps,
     read_weights,
 )
-from nc_audit.errors import EncoderError, nearest
+from nc_audit.errors import EncoderError
 
 if TYPE_CHECKING:
     from nc_audit.encoders import EncoderPlan
 
-HUB_NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "model.safetensors",
-)
-HUB_CONFIG = "open_clip_config.json"
 TOKENS_AT_ONCE = {"cpu": 2_048, "cuda": 32_768}  # per batch of captions, what they share counted once
-
-
-def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
-    """Repository on the hub that holds a published model, and the names that its weights may have there.
-
-    Raises:
-        EncoderError: the model or the tag is unknown, or is not on the hub.
-    """
-    if model not in open_clip.list_models():
-        raise EncoderError(f"open_clip has no model {model!r}", nearest(model, open_clip.list_models()))
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if tag not in tags:
-        known = nearest(tag, tags) if tags else f"give a file: open_clip:{model}@FILE"
-        raise EncoderError(f"open_clip has no weights {tag!r} for {model}", known)
-    home = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "")
-    repository, _, name = home.rpartition("/")
-    if not repository:
-        raise EncoderError(
-            f"the weights {tag} of {model} are not on the hub", f"give a file: open_clip:{model}@FILE"
-        )
-    return repository, (name,) if name else HUB_NAMES
-
-
-def check_spec(spec: str, file: Path | None) -> None:
-    """Whether open_clip knows the model and where its weights are.
-
-    Raises:
-        EncoderError: a part of the spec is unknown or missing.
-    """
-    _parse(spec, file)
-
-
-def find_weights(spec: str, file: Path | None) -> None:
-    """Whether the weights are at hand: a file, in the hub's cache, or on the hub while it can be reached.
-
-    Raises:
-        EncoderError: they are not.
-    """
-    kind, name, file = _parse(spec, file)
-    if kind == "hub":
-        check_at_hand(name, (HUB_CONFIG,), spec)
-    if file is None:
-        repository, names = (name, HUB_NAMES) if kind == "hub" else hub_home(*name.split("/", 1))
-        check_at_hand(repository, names, spec)
-
-
-def _parse(spec: str, file: Path | None) -> tuple[str, str, Path | None]:
-    """Kind (`hub`, `tag` or `file`), model (for `tag` with its tag after a slash), and the file."""
-    rest = spec.removeprefix("open_clip:")
-    if rest.startswith("hf-hub:"):
-        repository = rest.removeprefix("hf-hub:")
-        if repository.count("/") != 1 or not all(repository.split("/")):
-            raise EncoderError(f"{spec!r} names no repository", "open_clip:hf-hub:OWNER/NAME")
-        return "hub", repository, file
-    model, at, name = rest.partition("@")
-    if at:
-        own = Path(name)
-        if not name or not own.is_file():
-            raise EncoderError(f"{spec}: there is no file {name!r}", "open_clip:MODEL@FILE")
-        file = file or own  # weights given beside the spec are fine-tuned ones
-    if at or (file is not None and "/" not in model):
-        if model not in open_clip.list_models():
-            raise EncoderError(f"open_clip has no model {model!r}", nearest(model, open_clip.list_models()))
-        return "file", model, file
-    model, slash, tag = rest.partition("/")
-    if not slash and model in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        known = f"open_clip:{model}/{tags[0]}" if tags else f"open_clip:{model}@FILE"
-        raise EncoderError(f"{spec} names no weights", f"for example {known}")
-    hub_home(model, tag)
-    return "tag", rest, file
 
 
 @contextmanager
@@ -150,7 +72,7 @@ class OpenClipModel:
         self.device = plan.device
         self.precision = plan.precision
         self.image_options = plan.image_options
-        kind, name, file = _parse(spec, file)
+        kind, name, file = parse(spec, file)
         if kind == "hub":
             config = hub_file(name, (HUB_CONFIG,), spec)
             path = file or hub_file(name, HUB_NAMES, spec)

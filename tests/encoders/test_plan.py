@@ -20,7 +20,7 @@ from nc_audit.encoders import (
     plan_encoders,
     weights,
 )
-from nc_audit.encoders.open_clip_towers import HUB_NAMES, hub_home
+from nc_audit.encoders.open_clip_specs import HUB_NAMES, hub_home
 from nc_audit.encoders.patches import Patches
 from nc_audit.encoders.tfidf import Tfidf
 from nc_audit.errors import EncoderError

@@ -1,4 +1,4 @@
-"""What open_clip is imported without for one model is there for the next; in processes of their own."""
+"""When open_clip is imported, and without what; in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PLAIN = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_wid
 WORDS = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
 CODE = """
 import json, sys
-from nc_audit.encoders import _open_clip_towers
-_open_clip_towers("open_clip:ViT-B-32/openai")
+from nc_audit.encoders.open_clip_specs import towers_of
+towers_of("open_clip:ViT-B-32/openai")
 spared = sorted({"timm", "transformers"} - set(sys.modules))
 import open_clip
 open_clip.add_model_config(sys.argv[1])
-_open_clip_towers("open_clip:odd@weights")
+towers_of("open_clip:odd@weights")
 model = open_clip.create_model("odd", load_weights=False, pretrained_hf=False)
 print(json.dumps([spared, type(model.visual).__name__, type(getattr(model, "text", None)).__name__]))
 """
@@ -64,3 +64,15 @@ def test_a_transformers_tower_is_made_after_a_model_without_one(tmp_path):
     spared, _, words = made_after_a_plain_one(tmp_path, config)
     assert words == "HFTextEncoder"
     assert "transformers" in spared
+
+
+def test_a_file_of_weights_is_planned_without_open_clip(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    code = (
+        "import sys; from nc_audit.encoders import find_weights, plan_encoders;"
+        "find_weights(plan_encoders('open_clip:ViT-B-32@weights.pt')); print('open_clip' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "False\n"
