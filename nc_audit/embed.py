@@ -313,7 +313,9 @@ def embed_all(
     with work.timed("learn"):
         if not team.is_first:
             team.meet()  # what the first one has learnt is there then
-        image_encoder = fit_images(encoders.image, image_ids, read, store, progress=part("learn images"))
+        image_encoder = fit_images(
+            encoders.image, image_ids, read, store, progress=part("learn images"), work=work
+        )
         if team.is_first:
             team.meet()
     image, failures = embed_images(
@@ -390,8 +392,11 @@ def fit_images(
     *,
     num_workers: int = DECODERS,
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> ImageEncoder:
     """The encoder itself when it is frozen; else what it learns from the images, kept in the store's folder.
+
+    The images that it learns from are embedded by that.
 
     Args:
         encoder: frozen or not.
@@ -400,6 +405,7 @@ def fit_images(
         store: where the learnt encoder is kept.
         num_workers: threads that decode.
         progress: called with images read and images to read.
+        work: what is done is added to it.
 
     Raises:
         EncoderError: it must learn and no image can be decoded.
@@ -412,17 +418,25 @@ def fit_images(
         return encoder.encoder(load_file(path), fitted_on)
     at = encoder.sample(len(image_ids))
     images: list[Tensor] = []
-    for done, (image, _) in enumerate(decoded_ahead(encoder, read, at, num_workers, AHEAD * 64), 1):
+    ids: list[str] = []
+    for done, (image, _) in enumerate(decoded_ahead(encoder, read, at, num_workers, AHEAD * 64)):
         if image is not None:
             images.append(image)
+            ids.append(image_ids[at[done]])
         if progress:
-            progress(done, len(at))
+            progress(done + 1, len(at))
     if not images:
         raise EncoderError(
             f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from",
             "check the images",
         )
-    learnt = encoder.learn(torch.stack(images))
+    learnt, vectors = encoder.learn(torch.stack(images))
+    # Before what was learnt: a run that is killed in between learns the same again, and makes the same shards.
+    digest = encoder.digest_for(fitted_on)
+    for rows in _runs(range(len(ids)), IMAGES_PER_SHARD):
+        store.write("image", digest, [ids[row] for row in rows], vectors[rows], [None] * len(rows))
+    if work is not None:
+        work.images += len(ids)
     with replacing(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in learnt.items()}, partial)
     return encoder.encoder(load_file(path), fitted_on)

@@ -106,8 +106,8 @@ class ImageLearner(Protocol):
         """One RGB image as a tensor [3, H, W], as `learn` wants it."""
         ...
 
-    def learn(self, images: Tensor) -> dict[str, Tensor]:
-        """What the encoder will consist of, learnt from preprocessed images [N, 3, H, W]."""
+    def learn(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the encoder will consist of, learnt from preprocessed images [N, 3, H, W], and their vectors [N, D]."""
         ...
 
     def encoder(self, learnt: dict[str, Tensor], fitted_on: str) -> ImageEncoder:

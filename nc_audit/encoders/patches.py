@@ -105,8 +105,11 @@ class Patches:
         return _pixels(image)
 
     @torch.inference_mode()
-    def learn(self, images: Tensor) -> dict[str, Tensor]:
-        """What the encoder will consist of, learnt from bytes [N, 3, 128, 128]; any N from 1."""
+    def learn(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the encoder will consist of, learnt from bytes [N, 3, 128, 128], any N from 1; their vectors [N, D].
+
+        The vectors are those that the encoder makes of the same images, but for rounding.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         learnt: dict[str, Tensor] = {}
         for block in BLOCKS:
@@ -124,8 +127,11 @@ class Patches:
             products += (vectors @ vectors.T).double()
         variance, leading = _leading(products, generator)
         back = (leading / variance.sqrt()).float()
-        axes = [scale * (vectors.T @ back) for scale, vectors in zip(scales, columns, strict=True)]
-        return learnt | {"mean": torch.cat(means), "axes": torch.cat(axes)}
+        axes = [vectors.T @ back for vectors in columns]
+        along = torch.stack([vectors @ ours for vectors, ours in zip(columns, axes, strict=True)]).sum(0)
+        learnt["mean"] = torch.cat(means)
+        learnt["axes"] = torch.cat([scale * ours for scale, ours in zip(scales, axes, strict=True)])
+        return learnt, functional.normalize(along, dim=1)
 
     def encoder(self, learnt: dict[str, Tensor], fitted_on: str) -> PatchEncoder:
         """The encoder that consists of what was learnt."""

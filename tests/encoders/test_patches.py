@@ -32,7 +32,7 @@ def _images(each: int) -> tuple[Tensor, Tensor]:
 
 def _fitted(images: Tensor) -> PatchEncoder:
     learner = Patches(0)
-    return learner.encoder(learner.learn(images), "set")
+    return learner.encoder(learner.learn(images)[0], "set")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,13 @@ def test_images_of_one_kind_lie_together(fitted):
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(32))
     cosines = (vectors @ vectors.T).fill_diagonal_(-2)
     assert (kinds[cosines.argmax(1)] == kinds).float().mean() > 0.95
+
+
+def test_learning_gives_the_vectors_that_encoding_would():
+    images, _ = _images(8)
+    learner = Patches(0)
+    learnt, vectors = learner.learn(images)
+    torch.testing.assert_close(learner.encoder(learnt, "set").encode(images), vectors, rtol=0, atol=2e-4)
 
 
 def test_fitting_and_encoding_are_deterministic(fitted):
