@@ -10,7 +10,9 @@ Shapes: N = given pairs; S = known swaps; Q = bins of scores; P = pieces.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ _AT_ONCE = 1 << 16  # scores, so that memory stays flat
 _PIECES = 16
 _SLOPES_APART = 0.5  # how far the log slopes of neighbouring pieces differ, a deviation
 _SLOPE, _ANY_SLOPE = 0.7, 3.0  # log slope per deviation of the scores, and how far it may be from that
+_STARTS = (_SLOPE, -1.0)  # log slopes from which the fit is sought
 _STEEPEST = 7.0
 _HOLD_MEAN = 40.0
 
@@ -62,10 +65,8 @@ def levelled_posterior(
         once = len(scores.unique()) / len(scores)
         rises_QP = _rises(centre_Q, centre_Q)
         right = min(swaps_right, (1 - mean) / 2)
-        slope_P = torch.full((_PIECES,), _SLOPE, dtype=torch.float64, requires_grad=True)
-        level = torch.tensor(math.log(mean / (1 - mean)), dtype=torch.float64, requires_grad=True)
 
-        def unlikely() -> Tensor:
+        def unlikely(slope_P: Tensor, level: Tensor) -> Tensor:
             posterior_Q = torch.sigmoid(level + rises_QP @ _slopes(slope_P))
             found = ((given_Q * posterior_Q).sum() / num).clamp(1e-9, 1 - 1e-9)
             density_Q = (1 - right) * posterior_Q / found + right * (1 - posterior_Q) / (1 - found)
@@ -75,17 +76,8 @@ def levelled_posterior(
             bends = (slope_P.diff() / _SLOPES_APART).square().sum()
             return once * fit + (bends + ((slope_P - _SLOPE) / _ANY_SLOPE).square().sum()) / 2
 
-        optimiser = torch.optim.LBFGS(
-            [slope_P, level], max_iter=300, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-        )
-
-        def step() -> Tensor:
-            optimiser.zero_grad()
-            cost = unlikely()
-            cost.backward()
-            return cost
-
-        optimiser.step(step)
+        fit = _least(lambda fit: unlikely(fit[:-1], fit[-1]), math.log(mean / (1 - mean)))
+        slope_P, level = fit[:-1], fit[-1]
     with torch.no_grad():
         slopes_P = _slopes(slope_P)
         odds = torch.cat([_rises(some, centre_Q) @ slopes_P for some in scores.split(_AT_ONCE)])
@@ -98,6 +90,33 @@ def levelled_posterior(
                 high = level
         posterior = torch.sigmoid(high + odds)
     return posterior[:num], posterior[num:]
+
+
+def _least(cost: Callable[[Tensor], Tensor], level: float) -> Tensor:
+    """The log slopes and the level, shape [P + 1], of the least cost.
+
+    Where wrong pairs are few and far from the rest it has more valleys than one: of those that starts lead to, the
+    deepest counts.
+    """
+    from scipy.optimize import minimize
+
+    def with_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
+        fit = torch.tensor(at, requires_grad=True)
+        found = cost(fit)
+        (gradient,) = torch.autograd.grad(found, fit)
+        return found.item(), gradient.numpy()
+
+    ends = [
+        minimize(
+            with_gradient,
+            [*[slope] * _PIECES, level],
+            jac=True,
+            method="BFGS",
+            options={"gtol": 1e-5, "maxiter": 500},
+        )
+        for slope in _STARTS
+    ]
+    return torch.from_numpy(min(ends, key=lambda end: end.fun).x)
 
 
 def _slopes(log_slope_P: Tensor) -> Tensor:

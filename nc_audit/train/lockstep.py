@@ -17,7 +17,8 @@ from nc_audit.methods.contrastive import in_batch_loss, left_out
 from nc_audit.methods.heads import HeadInputs, Heads, HeadStack
 from nc_audit.methods.matching import Pairs
 from nc_audit.recipe import TrainSection
-from nc_audit.train.loop import Inputs, Plan, Steps, batches
+from nc_audit.train.loop import Inputs, Plan, batches
+from nc_audit.train.steps import Steps
 
 
 class Lockstep:
@@ -57,8 +58,9 @@ class Lockstep:
         self.steps = Steps(
             [one for one in weights if one.dim() > 2],
             [*(one for one in weights if one.dim() <= 2), self.log_scale_K],
-            plan,
-            settings,
+            plan.steps,
+            plan.lr_factor * settings.lr,
+            settings.warm_up,
             weight_decay,
         )
         self.batches = [

@@ -5,7 +5,7 @@ Shapes: I = images; C = captions; N = pairs; B = batch; E = epochs; D = dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nc_audit.errors import TrainingError
 from nc_audit.methods import self_paced
 from nc_audit.methods.heads import Heads
 from nc_audit.methods.matching import Candidates, Matches, Pairs, match
@@ -22,6 +21,7 @@ from nc_audit.methods.rows import rows_at
 from nc_audit.methods.uncertainty import chance_loss
 from nc_audit.model import Model
 from nc_audit.recipe import TrainSection
+from nc_audit.train.steps import Steps
 
 MAX_CAPTION_INPUTS = 512
 _SHORT_STEPS_UP_TO = 128  # pairs a batch
@@ -180,54 +180,6 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
         yield
 
 
-class Steps:
-    """Optimiser steps on a one-cycle schedule.
-
-    Args:
-        matrices: parameters whose weights decay.
-        others: parameters whose weights do not.
-        plan: how many steps.
-        settings: `lr`, `warm_up`.
-        weight_decay: of the matrices.
-    """
-
-    def __init__(
-        self,
-        matrices: Sequence[nn.Parameter],
-        others: Sequence[nn.Parameter],
-        plan: Plan,
-        settings: TrainSection,
-        weight_decay: float,
-    ) -> None:
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=plan.lr_factor * settings.lr,
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser,
-            max_lr=plan.lr_factor * settings.lr,
-            total_steps=plan.steps + 1,
-            pct_start=settings.warm_up,
-        )
-        self.taken = 0
-
-    def take(self, loss: Tensor) -> None:
-        """One step down a loss, a scalar with gradient.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
-        if not torch.isfinite(loss):
-            lr = self.schedule.get_last_lr()[0]
-            raise TrainingError(f"loss is {loss.item()} at step {self.taken} (lr {lr:.2g})", "lower train.lr")
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        self.schedule.step()
-        self.taken += 1
-
-
 def batches(pairs: Pairs, batch: int, seed: int, device: str) -> Iterator[Tensor]:
     """Positions [batch] among the pairs, without end: shuffled anew each time through, a rest left out."""
     generator = torch.Generator().manual_seed(seed)
@@ -266,7 +218,9 @@ class Trainer:
         trained = [*heads.parameters(), *(extra.parameters() if extra is not None else ())]
         matrices = [p for p in trained if p.dim() > 1]
         others = [p for p in trained if p.dim() <= 1]
-        self.steps = Steps(matrices, others, plan, settings, weight_decay)
+        self.steps = Steps(
+            matrices, others, plan.steps, plan.lr_factor * settings.lr, settings.warm_up, weight_decay
+        )
         self.batches = batches(self.pairs, plan.batch, seed, inputs.device)
 
     def cosines(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

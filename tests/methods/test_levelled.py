@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nc_audit.methods import levelled
 from nc_audit.methods.known_swaps import noise_posterior
 from nc_audit.methods.levelled import levelled_posterior
 
@@ -94,6 +95,28 @@ def test_is_calibrated_where_some_swaps_are_right(rate):
     off = [(noisy[one < 0.3].float().mean() - one[one < 0.3].mean()).abs() for one in (told, untold)]
     assert off[0] < 0.02
     assert off[1] > off[0]
+
+
+@pytest.mark.parametrize("gap", [2.0, 6.0, 12.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_wrong_pairs_far_from_the_rest_are_fitted_as_well_as_from_any_start(gap, seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed)
+    right, between = torch.randn(9_940, generator=generator), torch.randn(60, generator=generator)
+    score = torch.cat([right - gap, (between - 1) * gap / 2])
+    swaps = 2 * torch.randn(5_000, generator=generator) + gap
+    costs, least = [], levelled._least
+
+    def seen(cost, level):
+        fit = least(cost, level)
+        costs.append(cost(fit).item())
+        return fit
+
+    monkeypatch.setattr(levelled, "_least", seen)
+    levelled_posterior(score, swaps, 7e-4, 1e-5)
+    for start in (-2.0, 0.0, 0.35, 1.05, 1.4, 2.0):
+        monkeypatch.setattr(levelled, "_STARTS", (start,))
+        levelled_posterior(score, swaps, 7e-4, 1e-5)
+    assert costs[0] < min(costs[1:]) + 0.2
 
 
 def test_pairs_of_one_score_speak_once():
