@@ -5,6 +5,7 @@ Shapes: B = pairs of a batch (and their candidates); M = candidates.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,12 @@ def left_out(image_B: Tensor, caption_B: Tensor) -> tuple[Tensor, ...]:
         is_other = one_P != other_P
         found.append(torch.stack([order_N[one_P[is_other]], order_N[other_P[is_other]]]))
     one_P, other_P = torch.cat(found, 1)
-    return (*torch.unravel_index(one_P, shape), other_P % shape[-1])
+    # Not by unravel_index, whose first call imports sympy.
+    steps = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+    return (
+        *(one_P // step % size for step, size in zip(steps, shape, strict=True)),
+        other_P % shape[-1],
+    )
 
 
 def in_batch_loss(logits_BB: Tensor, counts_BB: Tensor | tuple[Tensor, ...]) -> Tensor:
