@@ -31,6 +31,7 @@ _CELLS_LOOKED_INTO = 12
 _MOST_OWN = 64  # matches of the index that are looked past for being the query's own
 _WEIGHED = 4  # of the others, by their true cosines
 _ASKED_AT_ONCE = 8_192
+_PIECE = 64  # of a row of cosines
 _COUNTED_AT_ONCE = 64  # queries, so that what is counted stays in the cache
 
 
@@ -156,7 +157,8 @@ def look_up(
     rank = torch.ones(len(query_N), dtype=torch.int32, device=device)
     best = torch.full((len(query_N),), -1, dtype=torch.long, device=device)
     margin = torch.full((len(query_N),), float("nan"), device=device)
-    cosines = query_QD.new_empty(min(block, len(query_QD)), len(candidates_MD))
+    width = -(-len(candidates_MD) // _PIECE) * _PIECE
+    cosines = query_QD.new_full((min(block, len(query_QD)), width), float("-inf"))
     for start in range(0, len(query_QD), block):
         part = query_QD[start : start + block]
         low, high = torch.searchsorted(ordered_query, query_N.new_tensor([start, start + len(part)])).tolist()
@@ -164,13 +166,13 @@ def look_up(
             continue
         at = order[low:high]
         asking, own = query_N[at] - start, other_N[at]
-        cosine = torch.mm(part, candidates_MD.T, out=cosines[: len(part)])
+        cosine = torch.mm(part, candidates_MD.T, out=cosines[: len(part), : len(candidates_MD)])
         known = position[own] >= 0
         # The own match from the very product its rivals come from, so that equal vectors tie exactly.
         own_cosine = (rows_at(part, asking) * rows_at(other_OD, own)).sum(1)
         own_cosine[known] = cosine[asking[known], position[own[known]]]
         cosine[asking[known], position[own[known]]] = float("-inf")
-        top, top_at = cosine.max(1)
+        top, top_at = _largest(cosines[: len(part)])
         best[at] = torch.where(torch.isfinite(top), candidate_M[top_at], -1)[asking]
         margin[at] = torch.where(torch.isfinite(top), top, torch.nan)[asking] - own_cosine
         for rows, some in _a_few_at_once(asking, len(part)):
@@ -194,6 +196,19 @@ def _a_few_at_once(asking_B: Tensor, num: int) -> Iterator[tuple[slice | Tensor,
         for start in range(0, len(mine), _COUNTED_AT_ONCE):
             some = mine[start : start + _COUNTED_AT_ONCE]
             yield slice(start, start + len(some)) if is_whole else asking_B[some], some
+
+
+def _largest(values_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest value and the first place where it is, shapes [B]; rows are whole pieces.
+
+    Torch finds the largest of many several at once where it is not asked for the place: so that is looked for in the
+    one piece that has it.
+    """
+    pieces_BPS = values_BM.unflatten(1, (-1, _PIECE))
+    piece_B = pieces_BPS.amax(2).argmax(1)
+    row_B = torch.arange(len(values_BM), device=values_BM.device)
+    top_B, place_B = pieces_BPS[row_B, piece_B].max(1)
+    return top_B, piece_B * _PIECE + place_B
 
 
 def _count_above(values_BM: Tensor, bound_B: Tensor) -> Tensor:

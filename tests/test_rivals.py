@@ -82,6 +82,16 @@ def test_a_bounded_search_finds_candidates_only_and_ranks_among_them():
     assert found.rank.tolist() == [rank for rank, _, _ in expected]
 
 
+@given(strategies.seeds, st.integers(1, 4), st.integers(1, 9))
+def test_the_largest_of_a_row_is_its_first(seed, pieces, levels):
+    values = torch.randint(levels, (7, 64 * pieces), generator=generator(seed)).float()
+    values[0] = float("-inf")
+    values[1, -40:] = float("-inf")
+    top, at = rivals._largest(values)
+    assert torch.equal(top, values.amax(1))
+    assert at.tolist() == [row.index(max(row)) for row in values.tolist()]
+
+
 def test_a_query_that_owns_everything_has_no_better_match():
     found = look_up(
         unit_vectors(1, 3, 0),
