@@ -276,7 +276,7 @@ def show_summary(summary: Mapping[str, Any], run: str, *, is_default: bool) -> N
         rows = "1 row" if found["count"] == 1 else f"{found['count']:,} rows"
         _hanging(console, "found: ", Text(f"{rows}  {found['kind']}: {found['detail']}"))
     held = summary.get("held", {})
-    if any(held.values()):
+    if any(held.values()) and "embed" in summary.get("did", ["embed"]):
         new = summary["embedded"]
         parts = [f"{new[side]:,} of {new[side] + held[side]:,} {side}" for side in ("images", "captions")]
         console.print(Text(f"embedded anew: {' and '.join(parts)}", "dim"))
@@ -319,14 +319,20 @@ def show_forecast(facts: Mapping[str, Any], run: str) -> None:
 
 
 def time_line(summary: Mapping[str, Any]) -> str:
-    """Where the time of a run went; within embed, what its encoders learnt, waited for and computed."""
-    seconds = summary["seconds"]
+    """Where the time of a command went; within embed, what its encoders learnt, waited for and computed.
+
+    Of a command that found everything done, or where it is not known, where that of the run went.
+    """
+    did = summary.get("did") or list(summary["seconds"])
+    seconds = {stage: value for stage, value in summary["seconds"].items() if stage in did}
     parts = []
     for stage, value in seconds.items():
         inner = summary.get("embed_seconds", {}) if stage == "embed" else {}
         spent = ", ".join(f"{what} {part:.1f}" for what, part in inner.items() if part >= 0.05)
         parts.append(f"{stage} {value:.1f}" + (f": {spent};" if spent else ","))
-    return f"time: {sum(seconds.values()):.1f} s ({' '.join(parts).rstrip(',;')})"
+    kept = ", ".join(stage for stage in summary["seconds"] if stage not in did)
+    more = f"; {kept} done before" if kept else ""
+    return f"time: {sum(seconds.values()):.1f} s ({' '.join(parts).rstrip(',;')}{more})"
 
 
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:

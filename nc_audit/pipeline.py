@@ -123,7 +123,7 @@ def score_dataset(
         team: processes of which this is the first; the others are in `help_embed`.
 
     Returns:
-        The summary that also stands in the manifest.
+        The summary that also stands in the manifest, and as `did` the stages that were not done before.
 
     Raises:
         AuditError: of the kind that went wrong.
@@ -214,7 +214,7 @@ class _Audit:
             self.run.commit(stage, key, files, clock[0], **facts)
         if not did and "summary" in self.run.manifest:
             self.watch.note(f"nothing to do: {self.run.path} is complete for this dataset and recipe")
-            return self.run.manifest["summary"]
+            return self.run.manifest["summary"] | {"did": did}
         self.run.manifest["tool"] = __version__
         self.run.manifest["recipe"] = {
             "name": "+".join(self.recipe_names) or "self_paced",
@@ -223,7 +223,7 @@ class _Audit:
         }
         self.run.manifest["summary"] = summarise(self.run)
         self.run.save()
-        return self.run.manifest["summary"]
+        return self.run.manifest["summary"] | {"did": did}
 
     def _is_retagged(self) -> bool:
         """Whether a person tagged these very scores anew; their thresholds are not overwritten unasked."""

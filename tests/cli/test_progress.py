@@ -78,4 +78,8 @@ def test_the_summary_says_where_the_time_of_embedding_went() -> None:
     assert time_line(summary) == (
         "time: 26.4 s (load 0.5, embed 18.4: decode 3.1, encode 12.0; train 7.1, score 0.4, tag 0.0)"
     )
-    assert time_line({"seconds": {"load": 1.0, "embed": 2.0}}) == "time: 3.0 s (load 1.0, embed 2.0)"
+    again = summary | {"did": ["train", "tag"]}
+    assert time_line(again) == "time: 7.1 s (train 7.1, tag 0.0; load, embed, score done before)"
+    assert (
+        time_line({"seconds": {"load": 1.0, "embed": 2.0}, "did": []}) == "time: 3.0 s (load 1.0, embed 2.0)"
+    )
