@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
     from nc_audit.encoders.open_clip_towers import OpenClipModel
 
-AUTO = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-AUTO_REPOSITORY = (
-    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it, without waiting for its import
-)
-AUTO_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 BUILTIN_COST = (
     "builtin learns from the dataset's own images and captions: on two remote-sensing sets it found wrong captions "
     "about as well as an ImageNet network (README, Measured results); on everyday photographs and on fewer than "
@@ -287,9 +282,10 @@ def _two_sides(encoder: str, image: str | None, text: str | None, notes: list[st
 
 
 def _automatic(notes: list[str]) -> tuple[str, str]:
-    from nc_audit.encoders import weights
+    from nc_audit.encoders.open_clip_specs import AUTO, AUTO_REPOSITORY, HUB_NAMES
+    from nc_audit.encoders.weights import cached_file
 
-    if weights.cached_file(AUTO_REPOSITORY, AUTO_FILES):
+    if cached_file(AUTO_REPOSITORY, HUB_NAMES):
         notes.append(f"encoder: {AUTO}, from the weights in the cache")
         return AUTO, AUTO
     why_not = refusal("models", AUTO_REPOSITORY)
@@ -307,8 +303,6 @@ def _check(spec: str, file: Path | None, side: str) -> None:
         raise EncoderError(
             f"{spec} chooses both sides at once", f"give --encoder {spec} and no --{side}-encoder"
         )
-    if spec == AUTO:
-        return
     if spec.startswith("open_clip:"):
         from nc_audit.encoders import open_clip_specs
 
@@ -331,13 +325,8 @@ def find_weights(plan: EncoderPlan) -> None:
     Raises:
         EncoderError: they are not in the cache, and the hub cannot be reached.
     """
-    from nc_audit.encoders import weights
-
     for spec, file in dict.fromkeys([(plan.image, plan.image_weights), (plan.text, plan.text_weights)]):
-        if spec == AUTO:
-            if file is None:
-                weights.check_at_hand(AUTO_REPOSITORY, AUTO_FILES, spec)
-        elif spec.startswith("open_clip:"):
+        if spec.startswith("open_clip:"):
             from nc_audit.encoders import open_clip_specs
 
             open_clip_specs.find_weights(spec, file)

@@ -1,7 +1,7 @@
 """What an `open_clip:` spec names, told without importing open_clip as far as that goes: it takes seconds.
 
 The names of models are those of open_clip's own config files. Only published weights, which open_clip lists in its
-code, and what is unknown need the package itself.
+code, and what is unknown need the package itself; those that `auto` takes are known here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from nc_audit.encoders.weights import check_at_hand
 from nc_audit.errors import EncoderError, nearest
 
+AUTO = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+AUTO_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # as open_clip has it
 HUB_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -100,6 +102,8 @@ def hub_home(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
     Raises:
         EncoderError: the model or the tag is unknown, or is not on the hub.
     """
+    if f"open_clip:{model}/{tag}" == AUTO:
+        return AUTO_REPOSITORY, HUB_NAMES
     _check_model(model)
     open_clip = open_clip_for(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
