@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nc_audit.methods.known_swaps import bins_of
+from nc_audit.methods.minimum import minimum
 
 _BINS = 2048
 _AT_ONCE = 1 << 16  # scores, so that memory stays flat
@@ -98,25 +98,8 @@ def _least(cost: Callable[[Tensor], Tensor], level: float) -> Tensor:
     Where wrong pairs are few and far from the rest it has more valleys than one: of those that starts lead to, the
     deepest counts.
     """
-    from scipy.optimize import minimize
-
-    def with_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
-        fit = torch.tensor(at, requires_grad=True)
-        found = cost(fit)
-        (gradient,) = torch.autograd.grad(found, fit)
-        return found.item(), gradient.numpy()
-
-    ends = [
-        minimize(
-            with_gradient,
-            [*[slope] * _PIECES, level],
-            jac=True,
-            method="BFGS",
-            options={"gtol": 1e-5, "maxiter": 500},
-        )
-        for slope in _STARTS
-    ]
-    return torch.from_numpy(min(ends, key=lambda end: end.fun).x)
+    starts = [torch.tensor([*[slope] * _PIECES, level], dtype=torch.float64) for slope in _STARTS]
+    return min((minimum(cost, start) for start in starts), key=lambda found: found[1])[0]
 
 
 def _slopes(log_slope_P: Tensor) -> Tensor:
