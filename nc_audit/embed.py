@@ -313,9 +313,7 @@ def embed_all(
     with work.timed("learn"):
         if not team.is_first:
             team.meet()  # what the first one has learnt is there then
-        image_encoder = fit_images(
-            encoders.image, image_ids, read, store, progress=part("learn images"), work=work
-        )
+        image_encoder = fit_images(encoders.image, image_ids, read, store, progress=progress, work=work)
         if team.is_first:
             team.meet()
     image, failures = embed_images(
@@ -391,7 +389,7 @@ def fit_images(
     store: EmbeddingStore,
     *,
     num_workers: int = DECODERS,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     work: Work | None = None,
 ) -> ImageEncoder:
     """The encoder itself when it is frozen; else what it learns from the images, kept in the store's folder.
@@ -404,7 +402,7 @@ def fit_images(
         read: bytes of an image by its position.
         store: where the learnt encoder is kept.
         num_workers: threads that decode.
-        progress: called with images read and images to read.
+        progress: told what is done (images are read, then learnt from), how many are, and of how many.
         work: what is done is added to it.
 
     Raises:
@@ -424,21 +422,23 @@ def fit_images(
             images.append(image)
             ids.append(image_ids[at[done]])
         if progress:
-            progress(done + 1, len(at))
+            progress("read images", done + 1, len(at))
     if not images:
         raise EncoderError(
             f"none of {len(at):,} images can be decoded, so {encoder.spec} has nothing to learn from",
             "check the images",
         )
-    learnt, vectors = encoder.learn(torch.stack(images))
+    learnt, vectors = encoder.learn(
+        torch.stack(images), None if progress is None else partial(progress, "learn images")
+    )
     # Before what was learnt: a run that is killed in between learns the same again, and makes the same shards.
     digest = encoder.digest_for(fitted_on)
     for rows in _runs(range(len(ids)), IMAGES_PER_SHARD):
         store.write("image", digest, [ids[row] for row in rows], vectors[rows], [None] * len(rows))
     if work is not None:
         work.images += len(ids)
-    with replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in learnt.items()}, partial)
+    with replacing(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in learnt.items()}, unfinished)
     return encoder.encoder(load_file(path), fitted_on)
 
 

@@ -353,9 +353,10 @@ def test_an_encoder_that_learns_is_fitted_once_and_kept(tmp_path):
 
 def test_a_fit_killed_after_its_vectors_makes_the_same_files(tmp_path):
     data, ids, store = _pictures(6), [f"{i:032d}" for i in range(6)], EmbeddingStore(tmp_path)
-    work = Work()
-    fit_images(Patches(0), ids, data.__getitem__, store, work=work)
+    work, told = Work(), []
+    fit_images(Patches(0), ids, data.__getitem__, store, work=work, progress=lambda *one: told.append(one))
     assert work.images == 6
+    assert [one for one in told if one[1] == 6] == [("read images", 6, 6), ("learn images", 6, 6)]
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     next(path for path in files if path.suffix == ".safetensors").unlink()
     fit_images(Patches(0), ids, data.__getitem__, store)

@@ -105,7 +105,7 @@ class Corpus:
             self.image_ids,
             lambda at: read(uris[at]),
             store,
-            progress=self._part("learn images"),
+            progress=progress,
         )
         image, failures = embed_images(
             encoder,

@@ -15,7 +15,7 @@ Specs: `open_clip:MODEL/PRETRAINED`, `open_clip:MODEL@FILE`, `open_clip:hf-hub:O
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -101,8 +101,13 @@ class ImageLearner(Protocol):
         """One RGB image as a tensor [3, H, W], as `learn` wants it."""
         ...
 
-    def learn(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """What the encoder will consist of, learnt from preprocessed images [N, 3, H, W], and their vectors [N, D]."""
+    def learn(
+        self, images: Tensor, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the encoder will consist of, learnt from preprocessed images [N, 3, H, W], and their vectors [N, D].
+
+        `progress` is called with images learnt from and N.
+        """
         ...
 
     def encoder(self, learnt: dict[str, Tensor], fitted_on: str) -> ImageEncoder:

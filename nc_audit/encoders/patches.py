@@ -17,6 +17,7 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,16 +106,25 @@ class Patches:
         return _pixels(image)
 
     @torch.inference_mode()
-    def learn(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def learn(
+        self, images: Tensor, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """What the encoder will consist of, learnt from bytes [N, 3, 128, 128], any N from 1; their vectors [N, D].
 
-        The vectors are those that the encoder makes of the same images, but for rounding.
+        The vectors are those that the encoder makes of the same images, but for rounding. `progress` is called with
+        images learnt from and N.
         """
+        if progress:
+            progress(0, len(images))
         generator = torch.Generator().manual_seed(self.seed)
         learnt: dict[str, Tensor] = {}
         for block in BLOCKS:
             learnt |= _fit_block(block, images, generator)
-        parts = [_all_blocks(part, learnt) for part in images.split(BATCH)]
+        parts: list[list[Tensor]] = []
+        for part in images.split(BATCH):
+            parts.append(_all_blocks(part, learnt))
+            if progress:
+                progress(min(BATCH * len(parts), len(images)), len(images))
         means, columns, scales = [], [], []
         products = torch.zeros(len(images), len(images), dtype=torch.float64)
         for position, of_batches in enumerate(zip(*parts, strict=True)):
