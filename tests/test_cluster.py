@@ -105,6 +105,7 @@ def address() -> Iterator[str]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", HOME)
+        patch.setenv("OMP_NUM_THREADS", "1")  # as in `score`: the number of threads moves last bits
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         try:
             cluster.add_node(num_cpus=1)
@@ -131,7 +132,8 @@ def test_two_nodes_make_the_run_of_one_process(address, drawn):
         assert (drawn / f"one/{name}.parquet").read_bytes() == (drawn / f"two/{name}.parquet").read_bytes()
     shards = [sorted(path.name for path in (drawn / run / "embeddings").iterdir()) for run in ("one", "two")]
     assert shards[0] == shards[1]
-    assert len([name for name in shards[0] if name.startswith("image-")]) == 2
+    # Two of the 1,100 that were learnt from, one of what cannot be decoded.
+    assert len([name for name in shards[0] if name.startswith("image-")]) == 3
     again = score("score", "drawn", *OPTIONS, "--engine", "ray", "--out", "two", cwd=drawn, address=address)
     assert "nothing to do: two is complete" in again.stderr
 

@@ -360,7 +360,7 @@ def test_a_rerun_follows_decisions_and_leaves_their_file_alone(place: Path) -> N
 
     nc("score", "drawn", *QUICK, "--out", run, cwd=place)
     after = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
-    assert {name for name in after if after[name] != before[name]} == {"tag"}
+    assert {name for name in after if after[name] != before[name]} == {"score", "tag"}
     by_pair = {
         one["pair_id"]: (one["tag"], one["decided_by"])
         for one in pq.read_table(run / "tags.parquet").to_pylist()
