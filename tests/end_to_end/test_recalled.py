@@ -26,7 +26,8 @@ def grown(dataset, tmp_path) -> Path:
     return folder
 
 
-def scored(weights: Path, dataset: Path, out: Path, epochs: int) -> None:
+def scored(weights: Path, dataset: Path, out: Path, epochs: int) -> list[str]:
+    """Score with so many epochs; the stages that this took."""
     encoder = {"encoder": f"open_clip:whole-towers@{weights}"}
     brief = [
         f"train.epochs={epochs}",
@@ -36,7 +37,7 @@ def scored(weights: Path, dataset: Path, out: Path, epochs: int) -> None:
         "score.candidates=100",
     ]
     recipe = build_recipe([], brief, {"image": encoder, "text": encoder})
-    score_dataset(dataset, out, recipe, device="cpu", precision="fp32")
+    return score_dataset(dataset, out, recipe, device="cpu", precision="fp32")["did"]
 
 
 def test_embeddings_are_read_again_without_an_encoder(weights, grown, tmp_path, monkeypatch):
@@ -47,7 +48,8 @@ def test_embeddings_are_read_again_without_an_encoder(weights, grown, tmp_path, 
         raise AssertionError("an encoder is loaded")
 
     monkeypatch.setattr("nc_audit.encoders.load_encoders", loaded)
-    scored(weights, grown, tmp_path / "again", 4)
+    assert scored(weights, grown, tmp_path / "again", 4) == ["train", "score", "tag"]
+    assert scored(weights, grown, tmp_path / "again", 4) == []
     for name in ("pairs", "scores", "tags", "findings", "model/trajectory"):
         assert file_digest(tmp_path / "again" / f"{name}.parquet") == file_digest(
             tmp_path / "fresh" / f"{name}.parquet"
